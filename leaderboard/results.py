@@ -30,7 +30,7 @@ _PACKAGES = ("torch", "pytorch-lightning", "polars", "moezoo")
 
 @dataclass(frozen=True)
 class MetricInfo:
-    """How to read a metric: which way is better, its unit, and the number of units (sessions, days) behind it."""
+    """How to read a metric: which way is better, its unit, and how many units (sessions, days) it covers."""
 
     goal: Goal
     unit: str
@@ -192,13 +192,9 @@ def check_units(units: pl.DataFrame) -> None:
         raise UserError("units: column 'unit' must hold each unit once and no null")
     for name, dtype in units.schema.items():
         if name != "unit" and dtype not in (pl.Float64, pl.Boolean):
-            raise UserError(
-                f"units: column {name!r} is {dtype}; expected Float64 (a metric) or Boolean (a slice)"
-            )
+            raise UserError(f"units: column {name!r} is {dtype}; expected Float64 (a metric) or Boolean (a slice)")
         if dtype == pl.Float64 and not units[name].drop_nulls().is_finite().all():
-            raise UserError(
-                f"units: column {name!r} holds NaN or infinity; a score that is undefined is null"
-            )
+            raise UserError(f"units: column {name!r} holds NaN or infinity; a score that is undefined is null")
 
 
 def _check_names(result: Result) -> None:
@@ -229,13 +225,9 @@ def _check_metrics(result: Result) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise UserError(f"'metrics.{name}' is not a snake_case name")
         if not math.isfinite(value):
-            raise UserError(
-                f"'metrics.{name}' is {value}; expected a finite number (leave out what is undefined)"
-            )
+            raise UserError(f"'metrics.{name}' is {value}; expected a finite number (leave out what is undefined)")
         if result.metric_info[name].goal not in ("max", "min"):
-            raise UserError(
-                f"'metric_info.{name}.goal' is {result.metric_info[name].goal!r}; expected max or min"
-            )
+            raise UserError(f"'metric_info.{name}.goal' is {result.metric_info[name].goal!r}; expected max or min")
         if result.metric_info[name].n < 1:
             raise UserError(f"'metric_info.{name}.n' is {result.metric_info[name].n}; expected 1 or more")
 
