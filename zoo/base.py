@@ -72,9 +72,7 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="moezoo", license="
         `extra` is unknown, or if the model's state is not all tensors.
         """
         if unknown := sorted(set(extra) - OPTIONAL_KEYS):
-            raise UserError(
-                f"config.json takes no key {unknown[0]!r}; known keys: {', '.join(sorted(OPTIONAL_KEYS))}"
-            )
+            raise UserError(f"config.json takes no key {unknown[0]!r}; known keys: {', '.join(sorted(OPTIONAL_KEYS))}")
         config = {"format": FORMAT, "class_path": self.class_path(), "init_args": self.init_args}
         config |= {key: _as_json(value, key) for key, value in extra.items() if value is not None}
         tensors = _tensors_to_store(self)
@@ -97,8 +95,8 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="moezoo", license="
         """The model of a weights folder or of a Hub repository (`org/name`), on the CPU, in eval mode.
 
         Strict: `UserError` names every missing, unexpected or mis-shaped key, an unknown key of config.json,
-        a class that is neither this one nor a subclass in `moezoo.zoo`. Reads safetensors only. Torch's random
-        state stays as it was.
+        a class that is neither this one nor a subclass in `moezoo.zoo`. Reads safetensors only. Torch's
+        random state stays as it was.
         """
         folder = Path(folder_or_hub_id).expanduser()
         if not folder.is_dir():
@@ -111,9 +109,7 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="moezoo", license="
                 local_files_only=local_files_only,
             )
         config = read_config(folder)
-        model = _build(
-            _model_class(cls, config["class_path"], folder / CONFIG), config["init_args"], folder / CONFIG
-        )
+        model = _build(_model_class(cls, config["class_path"], folder / CONFIG), config["init_args"], folder / CONFIG)
         _load_weights(model, folder / WEIGHTS)
         return model.eval()
 
@@ -135,9 +131,7 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="moezoo", license="
             self.save_pretrained(folder, card, **extra)
             repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return str(
-                api.upload_folder(
-                    repo_id=repo, folder_path=folder, commit_message=commit_message, revision=branch
-                )
+                api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit_message, revision=branch)
             )
 
 
@@ -148,13 +142,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if missing := sorted(REQUIRED_KEYS - set(config)):
         raise UserError(f"{path}: key {missing[0]!r} is missing; is this folder written by save_pretrained?")
     if unknown := sorted(set(config) - REQUIRED_KEYS - OPTIONAL_KEYS):
-        raise UserError(
-            f"{path}: unknown key {unknown[0]!r}; a newer moezoo may know it, this one refuses it"
-        )
+        raise UserError(f"{path}: unknown key {unknown[0]!r}; a newer moezoo may know it, this one refuses it")
     if config["format"] != FORMAT:
-        raise UserError(
-            f"{path}: format {config['format']!r}, this moezoo reads format {FORMAT}; upgrade moezoo"
-        )
+        raise UserError(f"{path}: format {config['format']!r}, this moezoo reads format {FORMAT}; upgrade moezoo")
     if not isinstance(config["class_path"], str) or not isinstance(config["init_args"], dict):
         raise UserError(f"{path}: class_path must be a string and init_args a mapping")
     return config
@@ -168,9 +158,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: {size} bytes, expected less than {_CONFIG_LIMIT}")
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; a weights folder holds {WEIGHTS}, {CONFIG} and {CARD}"
-        ) from None
+        raise UserError(f"{path}: no such file; a weights folder holds {WEIGHTS}, {CONFIG} and {CARD}") from None
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
@@ -231,14 +219,10 @@ def _check_replaceable(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder} is a file, expected a folder for the weights")
     if foreign := sorted({entry.name for entry in folder.iterdir()} - {CONFIG, WEIGHTS, CARD, MANIFEST}):
-        raise UserError(
-            f"{folder} holds {foreign[0]!r}, which is no part of a weights folder; give another folder"
-        )
+        raise UserError(f"{folder} holds {foreign[0]!r}, which is no part of a weights folder; give another folder")
 
 
-def _bind(
-    cls: type[ZooModel], model: ZooModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any] | None:
+def _bind(cls: type[ZooModel], model: ZooModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
     # None when the call does not fit: __init__ says so itself, and copy calls __new__ with no arguments.
     signature = inspect.signature(cls.__init__)
     try:
@@ -312,9 +296,7 @@ def _tensors_to_store(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):
-            raise UserError(
-                f"{type(model).__name__}: {name!r} in the state is a {type(value).__name__}, not a tensor"
-            )
+            raise UserError(f"{type(model).__name__}: {name!r} in the state is a {type(value).__name__}, not a tensor")
     stored, storages = {}, set()
     for name, owner in _aliases(state).items():
         if name != owner:
@@ -354,9 +336,7 @@ def _load_weights(model: ZooModel, path: Path) -> None:
 
 def _differences(stored: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
     missing = [f"missing key {name!r} {tuple(state[name].shape)}" for name in state if name not in stored]
-    unexpected = [
-        f"unexpected key {name!r} {tuple(stored[name].shape)}" for name in stored if name not in state
-    ]
+    unexpected = [f"unexpected key {name!r} {tuple(stored[name].shape)}" for name in stored if name not in state]
     shapes = [
         f"{name!r} is {tuple(stored[name].shape)} in the file, {tuple(state[name].shape)} in the model"
         for name in state

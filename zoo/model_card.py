@@ -6,9 +6,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 
-def model_card(
-    config: Mapping[str, Any], *, title: str | None = None, text: str = "", tags: Sequence[str] = ()
-) -> str:
+def model_card(config: Mapping[str, Any], *, title: str | None = None, text: str = "", tags: Sequence[str] = ()) -> str:
     """Markdown with YAML front matter (licence, library, tags, `model-index` from the metrics).
 
     `config` is what config.json holds: `class_path`, `init_args` and, when known, `recipe`, `version`,
