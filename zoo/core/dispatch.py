@@ -1,0 +1,125 @@
+"""Sort tokens by expert, bring the experts' outputs back. No capacity: every chosen slot is served.
+
+Shapes: N tokens, k slots per token, S = N k rows sorted by expert. Rows of dropped slots (index outside
+`[0, experts)`) lie behind the last expert's rows, the "tail".
+Nothing here waits for the device, and nothing but the row order is integer work on the autograd path.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int, Int32
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
+
+
+@dataclass
+class Plan:
+    """Where each (token, slot) pair lies among the rows sorted by expert.
+
+    Attributes:
+        slot: the flat pair `token * k + slot` of each row.
+        token: the token of each row.
+        row: the row of each pair; the inverse of `slot`.
+        offsets: where each expert's rows end.
+        dropless: no row lies in the tail.
+    """
+
+    slot: Int[Tensor, "rows"]
+    token: Int[Tensor, "rows"]
+    row: Int[Tensor, "tokens k"]
+    offsets: Int32[Tensor, "experts"]
+    dropless: bool
+
+    @property
+    def num_experts(self) -> int:
+        return self.offsets.shape[0]
+
+    @property
+    def counts(self) -> Int32[Tensor, "experts"]:
+        """Rows of each expert."""
+        return torch.diff(self.offsets, prepend=self.offsets.new_zeros(1))
+
+
+def make_plan(indices: Int[Tensor, "tokens k"], num_experts: int, *, dropless: bool = False) -> Plan:
+    """Sort the chosen slots by expert, stably. Indices outside `[0, num_experts)` go to the tail.
+
+    `dropless=True` promises that there are none of those, and spares the masks.
+    """
+    tokens, k = indices.shape
+    keys = indices.reshape(-1)
+    if not dropless:
+        keys = keys.masked_fill((keys < 0) | (keys >= num_experts), num_experts)
+    if num_experts < 256:
+        keys = keys.to(torch.uint8)  # sorts five times faster than int64
+    keys, slot = torch.sort(keys, stable=True)
+    experts = torch.arange(num_experts, dtype=keys.dtype, device=keys.device)
+    offsets = torch.searchsorted(keys, experts, right=True, out_int32=True)
+    rows = torch.arange(tokens * k, device=slot.device)
+    row = torch.empty_like(slot).scatter_(0, slot, rows).view(tokens, k)
+    token = slot if k == 1 else slot >> (k.bit_length() - 1) if k & (k - 1) == 0 else slot // k
+    return Plan(slot, token, row, offsets, dropless)
+
+
+def dispatch(x: Float[Tensor, "tokens *dims"], plan: Plan) -> Float[Tensor, "rows *dims"]:
+    """Copy each token to its k rows, sorted by expert."""
+    return cast(Tensor, _Dispatch.apply(x, plan.token, plan.row))
+
+
+def combine(
+    y: Float[Tensor, "rows *dims"], weights: Float[Tensor, "tokens k"], plan: Plan
+) -> Float[Tensor, "tokens *dims"]:
+    """Sum each token's k rows, weighted; in the dtype of `y`. Slots of the tail need weight zero."""
+    return cast(Tensor, _Combine.apply(y, weights, plan.slot, plan.token, plan.row))
+
+
+class _Dispatch(torch.autograd.Function):
+    """A gather whose gradient is summed by token (not scattered), hence deterministic and fast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, row: Tensor) -> Tensor:
+        ctx.save_for_backward(row)
+        return x.index_select(0, token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (row,) = ctx.saved_tensors
+        return _sum_rows(grad, row, None), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weights: Tensor, slot: Tensor, token: Tensor, row: Tensor) -> Tensor:
+        ctx.save_for_backward(y, weights, slot, token, row)
+        return _sum_rows(y, row, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        y, weights, slot, token, row = ctx.saved_tensors
+        grad_y = grad_weights = None
+        grad_rows = grad.index_select(0, token)
+        if ctx.needs_input_grad[1]:
+            products = (grad_rows * y).flatten(1)
+            grad_weights = products.sum(1, dtype=weights.dtype).index_select(0, row.reshape(-1)).view_as(row)
+        if ctx.needs_input_grad[0]:
+            row_weights = weights.reshape(-1).index_select(0, slot).to(y.dtype)
+            grad_y = grad_rows.mul_(row_weights.view(-1, *[1] * (y.dim() - 1)))
+        return grad_y, grad_weights, None, None, None
+
+
+def _sum_rows(y: Tensor, row: Tensor, weights: Tensor | None) -> Tensor:
+    """`out[n] = Σ_j weights[n, j] y[row[n, j]]` in one fused pass."""
+    tokens, k = row.shape
+    if tokens == 0:
+        return y.new_zeros(0, *y.shape[1:])
+    table = y.reshape(y.shape[0], -1)
+    if weights is None and k == 1:
+        out = table.index_select(0, row.view(-1))
+    else:
+        scale = None if weights is None else weights.to(y.dtype)
+        out = embedding_bag(row, table, mode="sum", per_sample_weights=scale)
+    return out.view(tokens, *y.shape[1:])

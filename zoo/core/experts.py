@@ -1,0 +1,257 @@
+"""Experts: the same small network E times with different weights, or E arbitrary modules."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Literal, cast
+
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .dispatch import Plan
+from .grouped import BACKENDS, Backend, group_sizes, grouped_linear, row_experts, select_backend
+
+Activation = Literal["relu", "gelu", "silu", "tanh", "swiglu"]
+
+
+class Experts(nn.Module, ABC):
+    """E experts that can run on rows sorted by expert, or all on every token."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise ValueError(f"num_experts={num_experts} must be at least 1")
+        self.num_experts = num_experts
+
+    @abstractmethod
+    def forward(
+        self,
+        x_sorted: Float[Tensor, "rows *dims"],
+        plan: Plan,
+        *,
+        backend: Backend | Literal["auto"] = "auto",
+    ) -> Float[Tensor, "rows *out_dims"]:
+        """Each row through its own expert. Rows of the plan's tail give zero."""
+
+    @abstractmethod
+    def dense(
+        self, x: Float[Tensor, "tokens *dims"], weights: Float[Tensor, "tokens experts"] | None = None
+    ) -> Float[Tensor, "tokens *out_dims"]:
+        """Every expert on every token: [tokens, experts, out], or summed with `weights`: [tokens, out]."""
+
+    def select(self, x: Tensor, top_k: int) -> Backend:
+        """The backend that suits `top_k` of these experts on the tokens `x`."""
+        return "dense" if top_k == self.num_experts else "segment"
+
+
+class StackedLinear(nn.Module):
+    """E linear layers as one parameter [experts, out, in]; each initialised like `nn.Linear`."""
+
+    def __init__(self, num_experts: int, in_dim: int, out_dim: int, bias: bool = True) -> None:
+        super().__init__()
+        bound = in_dim**-0.5
+        self.weight = nn.Parameter(torch.empty(num_experts, out_dim, in_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_dim).uniform_(-bound, bound)) if bias else None
+
+    def wide(self, x: Float[Tensor, "tokens in_dim"]) -> Float[Tensor, "tokens experts out_dim"]:
+        """All experts on the same tokens: one matmul as wide as all experts together."""
+        experts, out_dim, _ = self.weight.shape
+        bias = None if self.bias is None else self.bias.reshape(-1)
+        return F.linear(x, self.weight.flatten(0, 1), bias).view(-1, experts, out_dim)
+
+    def batched(self, x: Float[Tensor, "experts rows in_dim"]) -> Float[Tensor, "experts rows out_dim"]:
+        """Each expert on its own rows."""
+        weight = self.weight.transpose(1, 2)
+        return torch.bmm(x, weight) if self.bias is None else torch.baddbmm(self.bias[:, None], x, weight)
+
+    def sorted(
+        self,
+        x: Float[Tensor, "rows in_dim"],
+        offsets: Int32[Tensor, "experts"],
+        backend: Literal["auto", "grouped", "segment"],
+        dropless: bool,
+    ) -> Float[Tensor, "rows out_dim"]:
+        """Each row through its own expert."""
+        return grouped_linear(x, self.weight, offsets, self.bias, backend=backend, dropless=dropless)
+
+    def extra_repr(self) -> str:
+        experts, out_dim, in_dim = self.weight.shape
+        return f"num_experts={experts}, in_dim={in_dim}, out_dim={out_dim}, bias={self.bias is not None}"
+
+
+class MLPExperts(Experts):
+    """E MLPs of the same shape with stacked weights.
+
+    Args:
+        hidden: width of the hidden layer, or of each of several; none at all makes linear experts.
+        out: output width, `dim` by default.
+        act: after each hidden layer; "swiglu" doubles the layer and gates one half with the other.
+        dropout: after each activation.
+        backend: how to compute sorted rows, see `select_backend`; "auto" decides by shape.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        hidden: int | Sequence[int],
+        out: int | None = None,
+        act: Activation = "gelu",
+        bias: bool = True,
+        dropout: float = 0.0,
+        backend: Backend | Literal["auto"] = "auto",
+    ) -> None:
+        super().__init__(num_experts)
+        if act not in ("relu", "gelu", "silu", "tanh", "swiglu"):
+            raise ValueError(f"act={act!r} must be one of relu, gelu, silu, tanh, swiglu")
+        if backend != "auto" and backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r} must be 'auto' or one of {', '.join(BACKENDS)}")
+        hidden = [hidden] if isinstance(hidden, int) else list(hidden)
+        widths = [dim, *hidden, dim if out is None else out]
+        if min(widths) < 1:
+            raise ValueError(f"layer widths {widths} (input, hidden, output) must all be positive")
+        self.dim = dim
+        self.out = widths[-1]
+        self.act = act
+        self.dropout = dropout
+        self.backend: Backend | Literal["auto"] = backend
+        gated = 2 if act == "swiglu" else 1
+        produced = [gated * width for width in hidden] + [self.out]
+        self.layers = nn.ModuleList(
+            StackedLinear(num_experts, i, o, bias) for i, o in zip(widths, produced, strict=False)
+        )
+
+    def forward(
+        self,
+        x_sorted: Float[Tensor, "rows dim"],
+        plan: Plan,
+        *,
+        backend: Backend | Literal["auto"] = "auto",
+    ) -> Float[Tensor, "rows out"]:
+        if backend == "auto":
+            top_k = plan.row.shape[1]
+            backend = self.select(x_sorted, top_k, tokens=plan.row.shape[0])
+        if backend == "dense":
+            backend = "segment"  # the rows are sorted already
+        if backend == "padded":
+            return self._padded(x_sorted, plan)
+        h = x_sorted
+        *hidden, last = self._stack()
+        for layer in hidden:
+            h = self._activate(layer.sorted(h, plan.offsets, backend, plan.dropless))
+        return last.sorted(h, plan.offsets, backend, plan.dropless)
+
+    def dense(
+        self, x: Float[Tensor, "tokens dim"], weights: Float[Tensor, "tokens experts"] | None = None
+    ) -> Float[Tensor, "tokens *out_dims"]:
+        first, *rest = self._stack()
+        h = first.wide(x)  # [tokens, experts, width]
+        for layer in rest[:-1]:
+            h = layer.batched(self._activate(h).transpose(0, 1)).transpose(0, 1)
+        if not rest:
+            return h if weights is None else _mix(h, weights)
+        h, last = self._activate(h), rest[-1]
+        if weights is None or len(rest) > 1 or self.out < h.shape[-1]:
+            y = last.batched(h.transpose(0, 1)).transpose(0, 1)
+            return y if weights is None else _mix(y, weights)
+        # Σ_e w_e (W_e h_e + b_e) is one matmul over all experts' hidden units scaled by their gate.
+        weights = weights.to(h.dtype)
+        y = (h * weights[..., None]).flatten(1) @ last.weight.transpose(1, 2).flatten(0, 1)
+        return y if last.bias is None else y + weights @ last.bias
+
+    def select(self, x: Tensor, top_k: int, tokens: int | None = None) -> Backend:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        layers = self._stack()
+        return select_backend(
+            tokens=x.shape[0] if tokens is None else tokens,
+            top_k=top_k,
+            num_experts=self.num_experts,
+            dims=[self.dim, *(size for layer in layers for size in layer.weight.shape[1:]), self.out],
+            dtype=torch.get_autocast_dtype(x.device.type) if autocast else x.dtype,
+            device=x.device,
+            bias=layers[0].bias is not None,
+            override=self.backend,
+        )
+
+    def _padded(self, x_sorted: Float[Tensor, "rows dim"], plan: Plan) -> Float[Tensor, "rows out"]:
+        """Groups padded to the largest one: batched matmuls instead of one per expert."""
+        sizes = group_sizes(plan.offsets)
+        total, longest = sum(sizes), max(sizes)
+        expert = row_experts(plan.offsets, total)
+        place = torch.arange(total, device=expert.device) + expert * longest - (plan.offsets - plan.counts)[expert]
+        h = x_sorted.new_zeros(self.num_experts * longest, self.dim).index_copy(0, place, x_sorted[:total])
+        h = h.view(self.num_experts, longest, self.dim)
+        *hidden, last = self._stack()
+        for layer in hidden:
+            h = self._activate(layer.batched(h))
+        y = last.batched(h).flatten(0, 1).index_select(0, place)
+        return F.pad(y, (0, 0, 0, x_sorted.shape[0] - total))
+
+    def _activate(self, h: Tensor) -> Tensor:
+        if self.act == "swiglu":
+            gate, value = h.chunk(2, dim=-1)
+            h = F.silu(gate) * value
+        elif self.act == "tanh":
+            h = h.tanh()
+        else:
+            h = F.relu(h) if self.act == "relu" else F.gelu(h) if self.act == "gelu" else F.silu(h)
+        return F.dropout(h, self.dropout, self.training) if self.dropout > 0 else h
+
+    def _stack(self) -> list[StackedLinear]:
+        return cast(list[StackedLinear], list(self.layers))
+
+    def extra_repr(self) -> str:
+        return f"act={self.act}, dropout={self.dropout}, backend={self.backend}"
+
+
+class ModuleExperts(Experts):
+    """Arbitrary modules as experts, [rows, ...] -> [rows, ...]; they run one after another.
+
+    An expert without rows in a batch is not called and gets no gradient: DistributedDataParallel then
+    needs `find_unused_parameters=True`. Prefer `MLPExperts` where the experts are MLPs of one shape.
+
+    Args:
+        experts: the modules, or a factory that is called `num_experts` times.
+    """
+
+    def __init__(self, experts: Callable[[], nn.Module] | Sequence[nn.Module], num_experts: int | None = None) -> None:
+        if isinstance(experts, Sequence):
+            modules = list(experts)
+            if num_experts not in (None, len(modules)):
+                raise ValueError(f"num_experts={num_experts} but {len(modules)} experts were given")
+        elif num_experts is None:
+            raise ValueError("a factory of experts needs num_experts")
+        else:
+            modules = [experts() for _ in range(num_experts)]
+        super().__init__(len(modules))
+        self.experts = nn.ModuleList(modules)
+
+    def forward(
+        self,
+        x_sorted: Float[Tensor, "rows *dims"],
+        plan: Plan,
+        *,
+        backend: Backend | Literal["auto"] = "auto",
+    ) -> Float[Tensor, "rows *out_dims"]:
+        sizes = group_sizes(plan.offsets)
+        total = sum(sizes)
+        groups = zip(self.experts, torch.split(x_sorted[:total], sizes), strict=True)
+        outputs = [expert(rows) for expert, rows in groups if rows.shape[0] > 0]
+        if not outputs:  # no rows at all: ask an expert for the shape of its output
+            outputs = [self.experts[0](x_sorted[:0])]
+        if total < x_sorted.shape[0]:
+            outputs.append(outputs[0].new_zeros(x_sorted.shape[0] - total, *outputs[0].shape[1:]))
+        return torch.cat(outputs)
+
+    def dense(
+        self, x: Float[Tensor, "tokens *dims"], weights: Float[Tensor, "tokens experts"] | None = None
+    ) -> Float[Tensor, "tokens *out_dims"]:
+        y = torch.stack([expert(x) for expert in self.experts], dim=1)
+        return y if weights is None else _mix(y, weights)
+
+
+def _mix(
+    y: Float[Tensor, "tokens experts *dims"], weights: Float[Tensor, "tokens experts"]
+) -> Float[Tensor, "tokens *dims"]:
+    return (y * weights.to(y.dtype).view(*weights.shape, *[1] * (y.dim() - 2))).sum(1)
