@@ -39,6 +39,7 @@ class Remote:
             raise UserError(f"{self.shown()}: {error}; expected a URL such as https://, s3://, file://") from error
         self._fs: AbstractFileSystem = filesystem
         self._root = str(root).rstrip("/")
+        self._http = "http" in filesystem.protocol
 
     def shown(self, path: str = "") -> str:
         """The URL for messages, without a password it may hold."""
@@ -88,6 +89,8 @@ class Remote:
 
     def upload(self, files: dict[str, Path], texts: dict[str, str]) -> None:
         """Copy local files, then write small texts, in order; keys are remote paths."""
+        if self._http:
+            raise UserError(f"{self.shown()}: http cannot be written to; publish to s3://, gs://, hf:// or file://")
         for path in [*files, *texts]:
             full = f"{self._root}/{path}"
             try:
@@ -96,8 +99,6 @@ class Remote:
                     self._fs.put_file(str(files[path]), full)
                 else:
                     self._fs.pipe_file(full, texts[path].encode())
-            except NotImplementedError:
-                raise UserError(f"{self.shown()}: this protocol cannot be written to; use s3, gs, hf or file") from None
             except Exception as error:  # every filesystem has its own errors
                 raise UserError(f"{self.shown(path)}: not written ({_line(error)})") from error
 
@@ -125,6 +126,7 @@ class Remote:
                 have = start
                 while chunk := remote.read(_CHUNK):
                     local.write(chunk)
+                    local.flush()  # a killed process keeps what it has
                     have += len(chunk)
                     show(have)
                     if have > size:
@@ -136,9 +138,7 @@ class Remote:
 
     def _open(self, path: str, start: int, size: int) -> tuple[Any, int]:
         """The remote file and the position it stands at: `start`, or 0 where the server knows no ranges."""
-        from fsspec.implementations.http import HTTPFileSystem
-
-        if not isinstance(self._fs, HTTPFileSystem):
+        if not self._http:
             remote = self._fs.open(f"{self._root}/{path}", "rb")
             remote.seek(start)
             return remote, start
