@@ -212,6 +212,25 @@ def test_leave_one_out_takes_each_users_last_two_baskets(files):
         assert time == last[user][("valid", "test").index(split)]
 
 
+def test_given_sessions_are_split_like_drawn_ones(files):
+    """Without a column split the file's own sessions are cut; train events end where evaluation begins."""
+    drawn = read_long(files / "events.parquet")
+    candidate_rows(drawn).drop("split").write_csv(files / "s.csv")
+    cut = read_long(files / "events.parquet", sessions=files / "s.csv")
+    times = cut.sessions["time"].sort()
+    first_valid, first_test = times[int(0.8 * len(times))], times[int(0.9 * len(times))]
+    expected = ["train" if t < first_valid else "valid" if t < first_test else "test" for t in cut.sessions["time"]]
+    assert cut.sessions["split"].to_list() == expected
+    assert (cut.events["is_train"] == (cut.events["time"] < first_valid)).all()
+
+    left = read_long(files / "events.parquet", sessions=files / "s.csv", split="leave_one_out")
+    evaluated = left.sessions.filter(pl.col("split") != "train").group_by("user").agg(pl.col("time").min())
+    limit = dict(evaluated.iter_rows())
+    assert {*left.sessions["split"]} == {"train", "valid", "test"}
+    for owner, time, is_train in left.events.select("owner", "time", "is_train").iter_rows():
+        assert is_train == (owner not in limit or time < limit[owner])
+
+
 def test_negatives_follow_train_popularity():
     """Chosen first among many draws in proportion to train counts (4 standard errors)."""
     counts = [50, 30, 15, 5]
