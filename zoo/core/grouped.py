@@ -33,9 +33,14 @@ def grouped_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    legal = grouped_mm_is_legal(weight.shape[1:], x.dtype)
     if backend == "auto":
-        legal = grouped_mm_is_legal(weight.shape[1:], x.dtype)
         backend = "grouped" if legal else "segment"
+    elif backend == "grouped" and not legal:
+        raise ValueError(
+            f"backend='grouped' cannot run {x.dtype} layers of widths {list(weight.shape[1:])}: grouped_mm "
+            "needs float32, bfloat16 or float16 and widths that are multiples of 16 bytes; use 'auto'"
+        )
     function = _GroupedLinear if backend == "grouped" else _SegmentLinear
     return cast(Tensor, function.apply(x, weight, bias, offsets, dropless))
 
@@ -68,16 +73,12 @@ def select_backend(
     if override != "auto":
         if override not in BACKENDS:
             raise ValueError(f"backend={override!r} must be 'auto' or one of {', '.join(BACKENDS)}")
-        if override == "grouped" and not legal:
-            raise ValueError(
-                f"backend='grouped' cannot run {dtype} experts of widths {list(dims)}: grouped_mm needs "
-                "float32, bfloat16 or float16 and widths that are multiples of 16 bytes; use 'auto'"
-            )
         return override
     if 4 * top_k >= 3 * num_experts:
         return "dense"  # little to skip, and no sort
     if torch.compiler.is_compiling():
-        return "grouped" if legal else "dense"  # the others read group sizes on the host
+        # The others read group sizes on the host, and torch 2.14 cannot trace grouped_mm in float32.
+        return "grouped" if legal and dtype == torch.bfloat16 else "dense"
     largest = max(a * b for a, b in pairwise(dims))
     rows_per_expert = tokens * top_k / num_experts
     if device.type == "cpu":

@@ -24,16 +24,24 @@ def switch_balance_loss(
     scores: Float[Tensor, "tokens experts"],
     indices: Int[Tensor, "tokens k"],
     token_mask: Bool[Tensor, "tokens"] | None = None,
+    *,
+    dropless: bool = False,
 ) -> Float[Tensor, ""]:
     """`E Σ_e f_e P_e`: 1 at perfect balance for every k (Fedus et al. 2021, eq. 4).
 
     f is the share of all chosen slots that went to an expert (sums to one, no gradient), P the mean score
     (which should sum to one over experts). Libraries differ by a factor k: Hugging Face's value is k at
-    balance.
+    balance. `dropless=True` promises that no index is -1.
     """
-    counts = slot_counts(indices, scores.shape[-1]).to(scores.dtype)
-    share = counts / counts.sum().clamp_min(1.0)
-    return scores.shape[-1] * torch.dot(_token_mean(scores, token_mask), share)
+    tokens, experts = scores.shape
+    counts = slot_counts(indices, experts, scores.dtype, dropless=dropless)
+    if token_mask is None and dropless:
+        slots_times_tokens: float | Tensor = max(tokens * indices.numel(), 1)
+    else:
+        kept = tokens if token_mask is None else token_mask.sum()
+        slots_times_tokens = (counts.sum() * kept).clamp_min(1.0)
+        scores = scores if token_mask is None else scores.masked_fill(~token_mask[:, None], 0.0)
+    return torch.dot(scores.sum(0), counts) * (experts / slots_times_tokens)
 
 
 def z_loss(
@@ -43,11 +51,21 @@ def z_loss(
     return _token_mean(logits.logsumexp(-1).square()[:, None], token_mask).sum()
 
 
-def slot_counts(indices: Int[Tensor, "tokens k"], num_experts: int) -> Int[Tensor, "experts"]:
+def slot_counts(
+    indices: Int[Tensor, "tokens k"],
+    num_experts: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    dropless: bool = False,
+) -> Float[Tensor, "experts"]:
     """How many slots chose each expert; dropped slots (-1) count nowhere. Never waits for the device."""
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=indices.device)
-    slots = indices.reshape(-1) + 1
-    return counts.scatter_add_(0, slots, torch.ones_like(slots))[1:]
+    # Ones add up exactly, in any order, up to 2**24 slots of one expert in float32.
+    slots = indices.reshape(-1)
+    ones = torch.ones(slots.shape, dtype=dtype, device=slots.device)
+    if dropless:
+        return torch.zeros(num_experts, dtype=dtype, device=slots.device).scatter_add_(0, slots, ones)
+    counts = torch.zeros(num_experts + 1, dtype=dtype, device=slots.device)
+    return counts.scatter_add_(0, slots + 1, ones)[1:]
 
 
 def _token_mean(x: Tensor, token_mask: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ def expert_load(routing: Routing) -> Float[Tensor, "experts"]:
     if routing.top_k == experts:
         load = routing.dense_weights().detach().abs().sum(0)
     else:
-        load = slot_counts(routing.indices, experts).to(weights.dtype)
+        load = slot_counts(routing.indices, experts, weights.dtype)
     return load / load.sum().clamp_min(torch.finfo(load.dtype).tiny)
 
 

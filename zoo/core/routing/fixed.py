@@ -31,7 +31,7 @@ class FixedRouter(Router):
     ) -> Routing:
         if task_id is None:
             raise ValueError("FixedRouter needs task_id: the expert of every token, shape [tokens]")
-        indices = task_id.reshape(task_id.shape[0], -1).to(torch.int64)
+        indices = (task_id[:, None] if task_id.dim() == 1 else task_id).to(torch.int64)
         if indices.shape != (x.shape[0], self.top_k):
             raise ValueError(
                 f"task_id has shape {list(task_id.shape)}; {x.shape[0]} tokens with top_k={self.top_k} "

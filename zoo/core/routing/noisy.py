@@ -97,7 +97,7 @@ class NoisyTopKRouter(Router):
     ) -> Float[Tensor, "experts"]:
         """How many tokens each expert would get under fresh noise, in expectation; differentiable."""
         if self.top_k == self.num_experts:
-            return slot_counts(indices, self.num_experts).to(clean.dtype)
+            return slot_counts(indices, self.num_experts, clean.dtype)
         best = noisy.topk(self.top_k + 1, dim=-1).values
         threshold_if_out, threshold_if_in = best[:, -2:-1], best[:, -1:]
         threshold = torch.where(noisy > threshold_if_in, threshold_if_in, threshold_if_out)

@@ -65,7 +65,7 @@ def linear_logits(
 
 
 def softmax_over_experts(logits: Float[Tensor, "tokens experts"]) -> Float[Tensor, "tokens experts"]:
-    if logits.shape[-1] < 16 and logits.device.type == "cpu":
+    if logits.shape[-1] < 16 and logits.device.type == "cpu" and not torch.compiler.is_compiling():
         # The CPU kernel vectorises along tokens here; over so few experts it would not vectorise at all.
         return logits.t().softmax(0).t()
     return logits.softmax(-1)

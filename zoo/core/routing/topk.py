@@ -88,9 +88,10 @@ class TopKRouter(Router):
                 logits = logits.masked_fill(switched_off(expert_mask), OFF)
             scores = softmax_over_experts(logits) if self.score_func == "softmax" else logits.sigmoid()
             indices = choose(scores, self.top_k, expert_mask)
-            weights = self._weights(scores, indices, masked=expert_mask is not None)
+            weights = self._weights(scores, logits, indices, masked=expert_mask is not None)
             weights, indices = drop_padding(weights, indices, token_mask)
-            aux_loss = self._aux_loss(scores, logits, indices, token_mask)
+            dropless = token_mask is None and expert_mask is None
+            aux_loss = self._aux_loss(scores, logits, indices, token_mask, dropless)
         return Routing(
             weights=weights,
             indices=indices,
@@ -98,34 +99,37 @@ class TopKRouter(Router):
             logits=logits,
             aux_loss=aux_loss,
             state=state,
-            dropless=token_mask is None and expert_mask is None,
+            dropless=dropless,
         )
 
-    def _weights(self, scores: Tensor, indices: Tensor, masked: bool) -> Tensor:
+    def _weights(self, scores: Tensor, logits: Tensor, indices: Tensor, masked: bool) -> Tensor:
+        # Renormalised softmax scores are the softmax over the chosen logits: half the operations.
+        over_chosen = self.norm_topk_prob and self.score_func == "softmax"
+        source = logits if over_chosen else scores
         if masked:  # then a slot may have found no expert
-            weights = scores.gather(1, indices.clamp_min(0)).masked_fill(indices < 0, 0.0)
+            weights = source.gather(1, indices.clamp_min(0)).masked_fill(indices < 0, OFF if over_chosen else 0.0)
         else:
-            weights = scores.gather(1, indices)
-        if self.norm_topk_prob:
+            weights = source.gather(1, indices)
+        if over_chosen:
+            weights = softmax_over_experts(weights)
+            weights = weights.masked_fill(indices < 0, 0.0) if masked else weights
+        elif self.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        if self.routed_scaling_factor != 1.0:
-            weights = weights * self.routed_scaling_factor
-        return weights
+        return weights if self.routed_scaling_factor == 1.0 else weights * self.routed_scaling_factor
 
     def _aux_loss(
-        self, scores: Tensor, logits: Tensor, indices: Tensor, token_mask: Tensor | None
+        self, scores: Tensor, logits: Tensor, indices: Tensor, token_mask: Tensor | None, dropless: bool
     ) -> Float[Tensor, ""]:
-        loss = logits.new_zeros(())
-        if not self.training:
-            return loss
-        if self.balance == "aux" and self.aux_coef != 0:
+        terms = []
+        if self.training and self.balance == "aux" and self.aux_coef != 0:
             shares = scores
             if self.score_func == "sigmoid":
                 shares = scores / (scores.sum(-1, keepdim=True) + 1e-20)
-            loss = loss + self.aux_coef * switch_balance_loss(shares, indices, token_mask)
-        if self.z_coef != 0:
-            loss = loss + self.z_coef * z_loss(logits, token_mask)
-        return loss
+            balance = switch_balance_loss(shares, indices, token_mask, dropless=dropless)
+            terms.append(self.aux_coef * balance)
+        if self.training and self.z_coef != 0:
+            terms.append(self.z_coef * z_loss(logits, token_mask))
+        return sum(terms[1:], terms[0]) if terms else logits.new_zeros(())
 
     def extra_repr(self) -> str:
         return (
