@@ -1,0 +1,327 @@
+"""A run: what a recipe describes, carried out and left in one folder.
+
+`runs/<domain>/<recipe>/s<seed>/` holds config.yaml, metrics.csv, checkpoints/, weights/, pictures/, result.json and
+units.parquet. Everything the user gave is checked before a Trainer exists, so a mistake leaves no folder behind.
+"""
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytorch_lightning as lightning
+import torch
+from jsonargparse import Namespace
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import CSVLogger
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import recipes
+from .errors import UserError
+from .leaderboard.results import MetricInfo, Parameters, Result, provenance
+from .tasks.base import BaseTask, TestResult
+from .tasks.telemetry import RoutingMonitor
+from .zoo import weights
+from .zoo.base import ZooModel
+from .zoo.core.statistics import parameter_counts
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for: a recipe, changes to it, and where things go."""
+
+    config: str
+    overrides: Sequence[str] = ()
+    seed: int | None = None
+    run_dir: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+    weights: str | None = None
+    output: Path | None = None
+
+
+class _Parser(LightningArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """One line instead of the usage of some sixty trainer flags."""
+        cause: BaseException | None = ex
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise UserError(str(cause)) from None
+            cause = cause.__cause__ or cause.__context__
+        lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
+        raise UserError(" ".join(lines)[:400]) from None
+
+
+class RecipeCLI(LightningCLI):
+    """Builds the task, the data and (later) the trainer of a recipe; carries out nothing by itself."""
+
+    def __init__(self, request: Request) -> None:
+        self.name = recipes.name_of(request.config)
+        recipes.metadata(request.config)
+        arguments = ["--config", str(recipes.resolve(request.config)), *request.overrides]
+        if request.seed is not None:
+            arguments.append(f"--seed_everything={request.seed}")
+        super().__init__(
+            BaseTask,
+            lightning.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            parser_kwargs={"allow_abbrev": False},
+            args=arguments,
+            run=False,
+        )
+        self.seed = int(self.config.seed_everything)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = _Parser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="Path to a configuration file.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(recipes.RecipeInfo, "recipe")
+        # Sizes come from the data: the user's own files then fit without a word.
+        for target in ("model.init_args.schema", "model.init_args.model.init_args.schema"):
+            parser.link_arguments("data", target, compute_fn=lambda data: data.schema, apply_on="instantiate")
+
+    def instantiate_classes(self) -> None:
+        """Build data and task only: a Trainer leaves folders and comes when all else is well."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")
+
+    def make_trainer(self, run_dir: Path | None, callbacks: Sequence[Callback] = ()) -> lightning.Trainer:
+        """The recipe's Trainer, logging into `run_dir` (nowhere for None)."""
+        config = self.config_init.trainer.clone() if hasattr(self.config_init, "trainer") else Namespace()
+        own = list(config.pop("callbacks", None) or [])
+        bar: Callback = RichProgressBar() if Console().is_terminal else TQDMProgressBar(refresh_rate=50)
+        if not any(isinstance(callback, (RichProgressBar, TQDMProgressBar)) for callback in own):
+            own.append(bar)
+        logger = CSVLogger(run_dir.parent, name="", version=run_dir.name) if run_dir else False
+        config.update(logger=logger, callbacks=[*own, *callbacks], default_root_dir=str(run_dir or Path.cwd()))
+        if run_dir is None or not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+            config.update(enable_checkpointing=False)
+        config.update(enable_model_summary=False)
+        return lightning.Trainer(**config.as_dict())
+
+    def config_text(self) -> str:
+        """The resolved recipe as YAML, ready to be given to `--config` again."""
+        config = self.config.clone()
+        config.pop("config", None)
+        return str(self.parser.dump(config, skip_none=False, skip_link_targets=True))
+
+
+def fit(request: Request) -> int:
+    """Train, test the best checkpoint once, and leave weights, metrics and pictures in the run folder."""
+    console = Console(stderr=True)
+    cli = RecipeCLI(request)
+    task, data = cli.model, cli.datamodule
+    run_dir = request.run_dir or Path("runs") / cli.name / f"s{cli.seed}"
+    last = _prepare(run_dir, request)
+    if (run_dir / "result.json").exists():
+        console.print(f"{run_dir} is finished already")
+        return 0
+    data.setup("fit")
+    monitor = RoutingMonitor()
+    checkpoint = ModelCheckpoint(
+        run_dir / "checkpoints",
+        "best",
+        monitor=task.monitor,
+        mode=task.mode,
+        save_last=True,
+        enable_version_counter=False,
+    )
+    closed_form = callable(getattr(task.model, "fit", None))
+    trainer = cli.make_trainer(run_dir, [monitor] if closed_form else [monitor, checkpoint])
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(cli.config_text())
+    started = time.perf_counter()
+    if closed_form:
+        task.model.fit(data.train_dataloader())
+    else:
+        trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
+        if trainer.interrupted:
+            console.print(f"interrupted: go on with `moezoo fit --config {request.config} --resume`")
+            return 130
+    seconds = _elapsed(run_dir, time.perf_counter() - started)
+    trainer.test(task, datamodule=data, ckpt_path=checkpoint.best_model_path or None, verbose=False, weights_only=True)
+    result = build_result(cli, request, seconds)
+    pictures = [*task.draw(run_dir / "pictures"), *monitor.draw(run_dir / "pictures")]
+    save_weights(task.model, run_dir / "weights", result)
+    assert task.result is not None
+    result.save(run_dir, task.result.units)
+    _summary(console, result, task, run_dir, pictures)
+    return 0
+
+
+def validate(request: Request) -> int:
+    """Metrics on the validation split."""
+    cli, trainer = _evaluation(request)
+    trainer.validate(cli.model, datamodule=cli.datamodule)
+    return 0
+
+
+def test(request: Request) -> int:
+    """Metrics on the test split, as the leaderboard computes them."""
+    cli, trainer = _evaluation(request)
+    trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+    print_metrics(Console(), cli.model.result)
+    return 0
+
+
+def predict(request: Request) -> int:
+    """Write a table of predictions, Parquet or CSV by the file's ending."""
+    output = request.output or Path("predictions.parquet")
+    if output.suffix not in {".parquet", ".csv"}:
+        raise UserError(f"--output {output}: expected a name that ends in .parquet or .csv")
+    cli, trainer = _evaluation(request)
+    table = pl.concat(trainer.predict(cli.model, datamodule=cli.datamodule))
+    table = cli.datamodule.decode(table)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.{os.getpid()}")
+    table.write_parquet(partial) if output.suffix == ".parquet" else table.write_csv(partial)
+    partial.replace(output)
+    Console().print(f"{len(table):,} rows written to {output}")
+    return 0
+
+
+def _evaluation(request: Request) -> tuple[RecipeCLI, lightning.Trainer]:
+    """The recipe with trained weights in place, and a Trainer that leaves nothing behind."""
+    cli = RecipeCLI(request)
+    model = cli.model.model
+    if callable(getattr(model, "fit", None)) and request.weights is None:
+        cli.datamodule.setup("fit")
+        model.fit(cli.datamodule.train_dataloader())
+    elif request.weights != "none":
+        trained = weights.load(_default_weights(request, cli))
+        check_fits(trained, model, cli.name)
+        cli.model.model = trained
+    return cli, cli.make_trainer(None)
+
+
+def _default_weights(request: Request, cli: RecipeCLI) -> str:
+    if request.weights is not None:
+        return request.weights
+    beside = recipes.resolve(request.config).parent / "weights"
+    return str(beside) if beside.is_dir() else cli.name
+
+
+def check_fits(trained: Any, model: ZooModel, name: str) -> None:
+    """Refuse weights of another model or of other data, whose ids would mean other things.
+
+    Raises:
+        UserError: naming the argument that differs.
+    """
+    if type(trained) is not type(model):
+        raise UserError(f"--weights: these are of {type(trained).__name__}, but {name} is {type(model).__name__}")
+    for key, value in model.init_args.items():
+        theirs = trained.init_args.get(key)
+        if theirs != value and key == "schema":
+            raise UserError(
+                f"--weights: trained on {theirs['dataset']}, but the data is {value['dataset']} (other vocabulary): "
+                f"train on it with `moezoo fit --config {name}`"
+            )
+        if theirs != value:
+            raise UserError(f"--weights: trained with {key}={theirs}, but the recipe says {key}={value}")
+
+
+def _prepare(run_dir: Path, request: Request) -> str | None:
+    """Check that the run folder is free, or to be resumed or replaced; the checkpoint to resume from."""
+    if not run_dir.exists() or not any(run_dir.iterdir()):
+        return None
+    if request.resume:
+        last = run_dir / "checkpoints" / "last.ckpt"
+        return str(last) if last.exists() else None
+    if not request.overwrite:
+        raise UserError(f"{run_dir} holds a run already: add --resume, --overwrite or another --run_dir")
+    if not (run_dir / "config.yaml").exists():
+        raise UserError(f"--overwrite {run_dir}: this is not a run folder (no config.yaml), so it is left alone")
+    import shutil
+
+    shutil.rmtree(run_dir)
+    return None
+
+
+def _elapsed(run_dir: Path, seconds: float) -> float:
+    """Training seconds of this and earlier, interrupted parts of the run."""
+    file = run_dir / "checkpoints" / "seconds"
+    before = float(file.read_text()) if file.exists() else 0.0
+    return before + seconds
+
+
+def build_result(cli: RecipeCLI, request: Request, seconds: float) -> Result:
+    """The leaderboard's record of the last test."""
+    outcome: TestResult = cli.model.result
+    counts = parameter_counts(cli.model.model)
+    schema = cli.datamodule.schema
+    return Result(
+        recipe=cli.name,
+        dataset=schema["dataset"],
+        split="test",
+        seed=cli.seed,
+        metrics={name: float(value) for name, value in outcome.metrics.items() if math.isfinite(value)},
+        metric_info={name: MetricInfo(**asdict(info)) for name, info in outcome.info.items()},
+        dataset_fingerprint=schema["fingerprint"],
+        parameters=Parameters(**counts),
+        flops_per_sample=flops_per_sample(cli.model, cli.datamodule),
+        train_seconds=seconds,
+        recipe_hash=recipes.recipe_hash(request.config, request.overrides),
+        **provenance(gpu=torch.cuda.is_available()),
+    )
+
+
+def flops_per_sample(task: BaseTask, data: lightning.LightningDataModule) -> float:
+    """Floating-point operations of one forward for one sample, counted by torch on a test batch."""
+    batch = next(iter(data.test_dataloader()))
+    batch = data.transfer_batch_to_device(batch, task.device, 0)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        task(batch)
+    return counter.get_total_flops() / len(batch[0])
+
+
+def save_weights(model: ZooModel, folder: Path, result: Result) -> None:
+    """Weights in the Hub layout: model.safetensors, config.json and a model card with the test's metrics."""
+    keep = ("recipe", "dataset", "split", "seed", "metrics", "recipe_hash", "dataset_fingerprint", "git_commit")
+    model.save_pretrained(folder, **{key: getattr(result, key) for key in keep})
+
+
+def print_metrics(console: Console, outcome: TestResult) -> None:
+    """Metrics as a table: value, whether high or low is good, over how many units."""
+    from rich.table import Table
+
+    table = Table("metric", "value", "better", "n", title="test")
+    for name, value in outcome.metrics.items():
+        info = outcome.info[name]
+        table.add_row(name, f"{value:.4f}", {"max": "↑", "min": "↓"}[info.goal], f"{info.n:,}")
+    console.print(table)
+
+
+def _summary(console: Console, result: Result, task: BaseTask, run_dir: Path, pictures: Sequence[Path]) -> None:
+    assert task.result is not None
+    print_metrics(console, task.result)
+    rows = {"weights": run_dir / "weights", "metrics": run_dir / "result.json", "history": run_dir / "metrics.csv"}
+    console.print(f"[bold]{result.recipe}[/] on {result.dataset}: {task.headline} {result.metrics[task.headline]:.4f}")
+    for what, where in rows.items():
+        if where.exists():
+            console.print(f"  {what:9} {where}", soft_wrap=True)
+    for path in pictures:
+        console.print(f"  {'picture':9} {path}", soft_wrap=True)
+
+
+def quiet() -> None:
+    """Silence what Lightning says of its own products and of loaders without workers."""
+    import logging
+
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", ".*number of training batches .* is smaller than the logging interval.*")
