@@ -293,13 +293,14 @@ def _query_column(asked: Table, name: str, dtype: pl.DataType) -> pl.Series:
 
 def _refuse_own_basket_in_history(log: Table, asked: Table, events: pl.DataFrame, sessions: pl.DataFrame) -> None:
     """A session that is also in the log must not come after its own first event."""
-    if "session_id" not in log or "basket_id" in log or events["basket_key"].dtype != sessions["session_id"].dtype:
+    if "session_id" not in log or "basket_id" in log:
         return
-    begun = events.group_by(pl.col("owner").alias("user"), pl.col("basket_key").alias("session_id")).agg(
-        pl.col("time").min().alias("begin")
-    )
-    late = sessions.join(begun, on=["user", "session_id"], maintain_order="left").filter(
-        pl.col("begin") < pl.col("time")
+    key = pl.col("basket_key").cast(pl.String).alias("key")
+    begun = events.group_by(pl.col("owner").alias("user"), key).agg(pl.col("time").min().alias("begin"))
+    late = (
+        sessions.with_columns(pl.col("session_id").cast(pl.String).alias("key"))
+        .join(begun, on=["user", "key"], maintain_order="left")
+        .filter(pl.col("begin") < pl.col("time"))
     )
     if late.height:
         session = late.row(0, named=True)

@@ -96,6 +96,14 @@ def candidate_rows(tables):
     return rows.with_columns(item_id=tables.items["item_id"].gather(rows["candidates"])).drop("candidates")
 
 
+def test_candidates_are_of_the_queried_kind(files):
+    tables = read_long(files / "events.parquet", files / "items.parquet", query=("kind", "brand"))
+    each = tables.sessions.select("kind", "brand", "candidates").explode("candidates")
+    assert each.height > 500
+    for name in tables.query:
+        assert (tables.items[name].gather(each["candidates"]) == each[name]).all()
+
+
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
 def test_sessions_written_out_and_read_are_the_same(files, ending):
     drawn = read_long(files / "events.parquet", files / "items.parquet", query=("kind",))
