@@ -103,7 +103,7 @@ class _Combine(torch.autograd.Function):
         grad_y = grad_weights = None
         grad_rows = grad.index_select(0, token)
         if ctx.needs_input_grad[1]:
-            products = (grad_rows * y).flatten(1)
+            products = (grad_rows * y).reshape(y.shape[0], y.shape[1:].numel())
             grad_weights = products.sum(1, dtype=weights.dtype).index_select(0, row.reshape(-1)).view_as(row)
         if ctx.needs_input_grad[0]:
             row_weights = weights.reshape(-1).index_select(0, slot).to(y.dtype)

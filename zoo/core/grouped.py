@@ -109,8 +109,8 @@ def row_experts(offsets: Int32[Tensor, "experts"], rows: int) -> Tensor:
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, dropless: bool) -> Tensor:
-        x = x.contiguous()
         offsets, tail = _close(offsets, x.shape[0], dropless)
+        x = x.contiguous() if tail is None else x.masked_fill(tail, 0.0).contiguous()
         ctx.save_for_backward(x, weight, offsets, tail)
         out = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
         if bias is not None:
