@@ -66,15 +66,15 @@ class ZooModel(nn.Module, PyTorchModelHubMixin, library_name="moezoo", license="
         """Write `model.safetensors`, `config.json` and `README.md` into `folder`, all or nothing.
 
         `card` is the text of the model card, built from the config when None. `extra` are further keys of
-        config.json, see `OPTIONAL_KEYS`. Names that share one tensor (tied weights) are stored once, under
-        the first of them; `from_pretrained` gives it to all. Views of a larger storage are stored as copies.
-        An existing weights folder is replaced; `UserError` if the folder holds anything else, if a key of
-        `extra` is unknown, or if the model's state is not all tensors.
+        config.json, see `OPTIONAL_KEYS`; a number that is not finite becomes null. Names that share one tensor
+        (tied weights) are stored once, under the first of them; `from_pretrained` gives it to all. Views of a
+        larger storage are stored as copies. An existing weights folder is replaced; `UserError` if the folder
+        holds anything else, if a key of `extra` is unknown, or if the model's state is not all tensors.
         """
         if unknown := sorted(set(extra) - OPTIONAL_KEYS):
             raise UserError(f"config.json takes no key {unknown[0]!r}; known keys: {', '.join(sorted(OPTIONAL_KEYS))}")
         config = {"format": FORMAT, "class_path": self.class_path(), "init_args": self.init_args}
-        config |= {key: _as_json(value, key) for key, value in extra.items() if value is not None}
+        config |= {key: _as_json(value, key, nan_is_null=True) for key, value in extra.items() if value is not None}
         tensors = _tensors_to_store(self)
         with atomic_folder(Path(folder)) as new:
             save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
@@ -242,22 +242,24 @@ def _bind(cls: type[ZooModel], model: ZooModel, args: tuple[Any, ...], kwargs: d
     return {name: _as_json(value, f"{cls.__name__}: argument {name!r}") for name, value in given.items()}
 
 
-def _as_json(value: Any, what: str) -> Any:
+def _as_json(value: Any, what: str, nan_is_null: bool = False) -> Any:
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):
         if not math.isfinite(value):
+            if nan_is_null:
+                return None
             raise UserError(f"{what} is {value}, which JSON cannot hold; use null")
         return float(value)
     if isinstance(value, list | tuple):
-        return [_as_json(item, f"{what}[{index}]") for index, item in enumerate(value)]
+        return [_as_json(item, f"{what}[{index}]", nan_is_null) for index, item in enumerate(value)]
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
                 raise UserError(f"{what} has the key {key!r}, expected a string")
-        return {key: _as_json(item, f"{what}[{key!r}]") for key, item in value.items()}
+        return {key: _as_json(item, f"{what}[{key!r}]", nan_is_null) for key, item in value.items()}
     raise UserError(
         f"{what} is a {type(value).__name__}, expected a JSON value (null, bool, int, float, str, list,"
         " mapping): zoo models build their own parts from such arguments"

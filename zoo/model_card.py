@@ -31,6 +31,11 @@ def model_card(config: Mapping[str, Any], *, title: str | None = None, text: str
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in body if part) + "\n"
 
 
+def _metrics(config: Mapping[str, Any]) -> dict[str, float]:
+    # An undefined metric is null in config.json; the Hub's model-index has no such value.
+    return {name: value for name, value in (config.get("metrics") or {}).items() if value is not None}
+
+
 def _eval_results(config: Mapping[str, Any], domain: str | None) -> list[EvalResult]:
     dataset = str(config.get("dataset") or "unknown")
     return [
@@ -42,7 +47,7 @@ def _eval_results(config: Mapping[str, Any], domain: str | None) -> list[EvalRes
             metric_type=metric,
             metric_value=value,
         )
-        for metric, value in (config.get("metrics") or {}).items()
+        for metric, value in _metrics(config).items()
     ]
 
 
@@ -57,7 +62,7 @@ def _usage(config: Mapping[str, Any]) -> str:
 
 
 def _metric_table(config: Mapping[str, Any]) -> str:
-    metrics = config.get("metrics") or {}
+    metrics = _metrics(config)
     if not metrics:
         return ""
     where = " ".join(str(config[key]) for key in ("dataset", "split") if config.get(key))

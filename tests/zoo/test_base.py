@@ -267,6 +267,13 @@ def test_the_card_carries_the_metrics_as_model_index(tmp_path):
     assert 'moezoo.load("ranking/tiny")' in card.text
 
 
+def test_an_undefined_metric_does_not_cost_the_weights(tmp_path):
+    Tiny(4).save_pretrained(tmp_path / "w", metrics={"auc": 0.5, "tail": float("nan")})
+    assert json.loads((tmp_path / "w" / "config.json").read_text())["metrics"] == {"auc": 0.5, "tail": None}
+    results = ModelCard.load(tmp_path / "w" / "README.md").data.eval_results
+    assert [result.metric_type for result in results] == ["auc"]
+
+
 def test_from_pretrained_reads_the_hub_cache_offline(folder, tmp_path):
     snapshot = tmp_path / "hub" / "models--org--tiny" / "snapshots" / ("a" * 40)
     (snapshot.parents[1] / "refs").mkdir(parents=True)
