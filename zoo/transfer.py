@@ -87,10 +87,13 @@ class Remote:
             return
         raise UserError(f"{self.shown(path)}: sha256 is {got}, expected {sha256}; the file was removed, try again")
 
-    def upload(self, files: dict[str, Path], texts: dict[str, str]) -> None:
-        """Copy local files, then write small texts, in order; keys are remote paths."""
+    def check_writable(self) -> None:
+        """`UserError` for http and https, which can only be read."""
         if self._http:
             raise UserError(f"{self.shown()}: http cannot be written to; publish to s3://, gs://, hf:// or file://")
+
+    def upload(self, files: dict[str, Path], texts: dict[str, str]) -> None:
+        """Copy local files, then write small texts, in order; keys are remote paths."""
         for path in [*files, *texts]:
             full = f"{self._root}/{path}"
             try:

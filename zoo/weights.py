@@ -192,6 +192,7 @@ def publish(folder: str | Path, url: str, *, name: str | None = None, version: s
     files = {file: {"sha256": sha256_of(folder / file), "bytes": (folder / file).stat().st_size} for file in _FILES}
     manifest = {"format": 1, "recipe": name, "version": version, "files": files}
     remote = Remote(url)
+    remote.check_writable()
     base = f"{name}/{version}"
     there = remote.read_json(f"{base}/{MANIFEST}")
     if there is not None and there != manifest:
