@@ -146,19 +146,13 @@ class MLPExperts(Experts):
         self, x: Float[Tensor, "tokens dim"], weights: Float[Tensor, "tokens experts"] | None = None
     ) -> Float[Tensor, "tokens *out_dims"]:
         first, *rest = self._stack()
-        h = first.wide(x)  # [tokens, experts, width]
-        for layer in rest[:-1]:
-            h = layer.batched(self._activate(h).transpose(0, 1)).transpose(0, 1)
-        if not rest:
-            return h if weights is None else _mix(h, weights)
-        h, last = self._activate(h), rest[-1]
-        if weights is None or len(rest) > 1 or self.out < h.shape[-1]:
-            y = last.batched(h.transpose(0, 1)).transpose(0, 1)
-            return y if weights is None else _mix(y, weights)
-        # Σ_e w_e (W_e h_e + b_e) is one matmul over all experts' hidden units scaled by their gate.
-        weights = weights.to(h.dtype)
-        y = (h * weights[..., None]).flatten(1) @ last.weight.transpose(1, 2).flatten(0, 1)
-        return y if last.bias is None else y + weights @ last.bias
+        if first.weight.shape[2] >= first.weight.shape[1]:
+            h = first.wide(x).transpose(0, 1)
+        else:  # a narrow input is cheaper to read once per expert than a wide output is to rearrange
+            h = first.batched(x.expand(self.num_experts, *x.shape))
+        for layer in rest:
+            h = layer.batched(self._activate(h))
+        return h.transpose(0, 1) if weights is None else _mix(h.transpose(0, 1), weights)
 
     def select(self, x: Tensor, top_k: int, tokens: int | None = None) -> Backend:
         autocast = torch.is_autocast_enabled(x.device.type)
