@@ -136,6 +136,7 @@ def _list(words: list[str]) -> int:
     if not names:
         raise UserError(f"no recipe matches '{pattern}'; `moezoo list` shows all")
     table = Table("recipe", "kind", "what", "cost", "paper")
+    table.columns[0].no_wrap = True
     for name in names:
         info = metadata(name)
         table.add_row(name, info.kind, info.title, info.cost, info.paper)

@@ -16,7 +16,6 @@ from typing import Any
 import polars as pl
 import pytorch_lightning as lightning
 import torch
-from jsonargparse import Namespace
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger
@@ -86,6 +85,10 @@ class RecipeCLI(LightningCLI):
         parser.add_argument("-c", "--config", action="config", help="Path to a configuration file.")
         return parser
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        # The parent compares with sys.argv and warns; ours are never those of the shell.
+        self.config = parser.parse_args(args)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(recipes.RecipeInfo, "recipe")
         # Sizes come from the data: the user's own files then fit without a word.
@@ -99,17 +102,15 @@ class RecipeCLI(LightningCLI):
 
     def make_trainer(self, run_dir: Path | None, callbacks: Sequence[Callback] = ()) -> lightning.Trainer:
         """The recipe's Trainer, logging into `run_dir` (nowhere for None)."""
-        config = self.config_init.trainer.clone() if hasattr(self.config_init, "trainer") else Namespace()
-        own = list(config.pop("callbacks", None) or [])
-        bar: Callback = RichProgressBar() if Console().is_terminal else TQDMProgressBar(refresh_rate=50)
+        arguments = self.config_init.trainer.as_dict()
+        own = list(arguments.pop("callbacks", None) or [])
         if not any(isinstance(callback, (RichProgressBar, TQDMProgressBar)) for callback in own):
-            own.append(bar)
-        logger = CSVLogger(run_dir.parent, name="", version=run_dir.name) if run_dir else False
-        config.update(logger=logger, callbacks=[*own, *callbacks], default_root_dir=str(run_dir or Path.cwd()))
-        if run_dir is None or not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
-            config.update(enable_checkpointing=False)
-        config.update(enable_model_summary=False)
-        return lightning.Trainer(**config.as_dict())
+            own.append(RichProgressBar() if Console().is_terminal else TQDMProgressBar(refresh_rate=50))
+        arguments["logger"] = _csv_logger(run_dir) if run_dir else False
+        if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+            arguments["enable_checkpointing"] = False
+        arguments |= {"enable_model_summary": False, "default_root_dir": str(run_dir or Path.cwd())}
+        return lightning.Trainer(**arguments, callbacks=[*own, *callbacks])
 
     def config_text(self) -> str:
         """The resolved recipe as YAML, ready to be given to `--config` again."""
@@ -249,6 +250,19 @@ def _prepare(run_dir: Path, request: Request) -> str | None:
     return None
 
 
+def _csv_logger(run_dir: Path) -> CSVLogger:
+    """A logger that goes on with the metrics.csv of a resumed run, which Lightning's own would delete."""
+    logger = CSVLogger(run_dir.parent, name="", version=run_dir.name)
+    file, aside = run_dir / "metrics.csv", run_dir / ".metrics.csv"
+    if file.exists():
+        file.replace(aside)
+    writer = logger.experiment
+    if aside.exists():
+        aside.replace(file)
+        writer.metrics_keys = file.read_text().partition("\n")[0].strip().split(",")
+    return logger
+
+
 def _elapsed(run_dir: Path, seconds: float) -> float:
     """Training seconds of this and earlier, interrupted parts of the run."""
     file = run_dir / "checkpoints" / "seconds"
@@ -322,6 +336,7 @@ def quiet() -> None:
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", ".*number of training batches .* is smaller than the logging interval.*")

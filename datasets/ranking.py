@@ -53,7 +53,8 @@ class RankingData(lightning.LightningDataModule):
         source: `completejourney` (ships), `completejourney_full` (extra `ranking`), or your own files: `long`,
             `recbole`, `fuxictr`.
         files: arguments of the source's reader, e.g. `events`, `items`, `sessions`, `query` for `long`.
-        history_length: most recent behaviour rows a model sees.
+        history_length: behaviour rows a model sees: the most recent ones.
+        query_history: how many of them are instead the most recent ones with the session's query.
         negatives: drawn for each positive of a train session.
         cross_attributes: item attributes that get cross features; default: all but the query's.
         cross_features: leave out to rank from ids alone.
@@ -71,6 +72,7 @@ class RankingData(lightning.LightningDataModule):
         source: Literal["completejourney", "completejourney_full", "long", "recbole", "fuxictr"] = "completejourney",
         files: dict[str, Any] | None = None,
         history_length: int = 50,
+        query_history: int = 0,
         negatives: int = 9,
         cross_attributes: list[str] | None = None,
         cross_features: bool = True,
@@ -81,7 +83,9 @@ class RankingData(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         self.source, self.files = source, files or {}
-        self.history_length, self.negatives = history_length, negatives
+        if not 0 <= query_history <= history_length:
+            raise UserError(f"data.query_history={query_history}: expected 0 to history_length={history_length}")
+        self.history_length, self.query_history, self.negatives = history_length, query_history, negatives
         self.cross_attributes, self.cross_features = cross_attributes, cross_features
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.epoch_sessions, self.num_workers = epoch_sessions, num_workers
@@ -138,6 +142,15 @@ class RankingData(lightning.LightningDataModule):
         events = self.tables.events
         owner, item = (events[name].to_numpy().astype(np.int64) for name in ("owner", "item"))
         return OccurrenceIndex(owner, item, len(self.tables.items))
+
+    @cached_property
+    def by_query(self) -> OccurrenceIndex:
+        """Occurrences of (owner, query)."""
+        if self.features is not None:
+            return self.features.by_query
+        owner, item = (self.tables.events[name].to_numpy().astype(np.int64) for name in ("owner", "item"))
+        code = self.catalogue.query_code
+        return OccurrenceIndex(owner, code[item], int(code.max(initial=0)) + 1)
 
     @cached_property
     def popularity(self) -> Ints:
@@ -199,9 +212,7 @@ class RankingData(lightning.LightningDataModule):
 
     def names(self, field: str) -> list[str]:
         """What the codes of an item field stand for: pad, unknown, then its vocabulary."""
-        column = "item_id" if field == "item" else field
-        trained = np.unique(self.tables.events.filter("is_train")["item"].to_numpy())
-        known = self.tables.items[column][trained].drop_nulls().unique().sort()
+        known = self.catalogue.known[field].drop_nulls().unique().sort()
         return ["(pad)", "(unknown)", *known.cast(pl.String)]
 
     def decode(self, predictions: pl.DataFrame) -> pl.DataFrame:
@@ -258,24 +269,32 @@ class Catalogue:
     """Item fields as integer codes; vocabularies from the items of train rows only."""
 
     def __init__(self, tables: RankingTables) -> None:
-        items, events = tables.items, tables.events
-        trained = np.unique(events.filter("is_train")["item"].to_numpy())
-        known = items[trained]
-        columns = {"item": "item_id"} | {c: c for c in items.columns if c != "item_id"}
+        self.columns = _fields(tables.items)
+        trained = np.unique(tables.events.filter("is_train")["item"].to_numpy())
+        self.known = {name: values[trained] for name, values in self.columns.items()}
         self.codes: dict[str, Ints] = {}
         self.sizes: dict[str, int] = {}
-        for name, column in columns.items():
-            self.codes[name], self.sizes[name] = encode(items[column], known[column])
+        for name, values in self.columns.items():
+            self.codes[name], self.sizes[name] = encode(values, self.known[name])
         table = np.stack(list(self.codes.values()), 1)
         self.fields = torch.from_numpy(np.vstack([table, np.zeros_like(table[:1])]))  # row -1 pads
-        self.query_code = np.zeros(len(items), np.int64)
-        if tables.query:
-            width = [self.sizes[name] for name in tables.query]
-            self.query_code = np.ravel_multi_index([self.codes[name] for name in tables.query], width)
-            self.query_code = np.unique(self.query_code, return_inverse=True)[1].astype(np.int64)
-        self.query_fields = torch.from_numpy(
-            np.stack([self.codes[name] for name in tables.query], 1) if tables.query else np.zeros((len(items), 0), int)
-        )
+        asked = [self.codes[name] for name in tables.query]
+        self.query_fields = torch.from_numpy(np.stack(asked, 1) if asked else np.zeros((len(table), 0), np.int64))
+        self.query_code = np.zeros(len(table), np.int64)
+        if asked:
+            joint = np.ravel_multi_index(asked, [self.sizes[name] for name in tables.query])
+            self.query_code = np.unique(joint, return_inverse=True)[1].astype(np.int64)
+
+
+def _fields(items: pl.DataFrame) -> dict[str, pl.Series]:
+    """Columns of items that are categories: `item`, then the attributes. Of a list its last, finest value counts."""
+    fields = {"item": items["item_id"]}
+    for column in items.drop("item_id"):
+        if column.dtype == pl.List:
+            column = column.list.last()
+        if column.dtype == pl.String or column.dtype.is_integer() or column.dtype == pl.Boolean:
+            fields[column.name] = column
+    return fields
 
 
 class Drawn(NamedTuple):
@@ -340,15 +359,27 @@ class Sessions(Dataset[RankingBatch], ABC):
 
     def _history(self, sessions: Drawn) -> tuple[Tensor, Tensor]:
         _, start, end, time = (values[:, None] for values in sessions.window)
-        rows = end - self.data.history_length + np.arange(self.data.history_length)
-        mask = rows >= start
-        rows = np.where(mask, rows, 0)
-        items = np.where(mask, self.item[rows] if len(self.item) else -1, -1)
-        days = (time - (self.time[rows] if len(self.time) else time)) / 86_400
+        alike = self._alike(sessions)
+        rows = end - (self.data.history_length - alike.shape[1]) + np.arange(self.data.history_length - alike.shape[1])
+        rows = np.where(rows >= start, rows, -1)
+        # A recent row that `alike` shows already is not shown twice.
+        rows = np.where((rows[..., None] == alike[:, None]).any(-1), -1, rows)
+        rows = np.concatenate([alike, rows], 1)
+        mask = rows >= 0
+        if not len(self.item):
+            rows, mask = rows[:, :0], mask[:, :0]
+        items = np.where(mask, self.item[rows], -1)
+        days = (time - self.time[rows]) / 86_400
         bucket = np.clip(np.log2(np.maximum(days, 0) * 4 + 1).astype(np.int64), 0, RECENCY_BUCKETS - 1) + 2
         recency = torch.from_numpy(np.where(mask, bucket, 0))
         fields = self.data.catalogue.fields[torch.from_numpy(items)]
         return torch.cat([fields, recency[..., None]], -1), torch.from_numpy(mask)
+
+    def _alike(self, sessions: Drawn) -> Ints:
+        """The latest rows with the session's query, [batch, query_history]; -1 where there are fewer."""
+        code = self.data.catalogue.query_code[sessions.candidates[:, 0]]
+        owner, start, end, _ = sessions.window
+        return self.data.by_query.latest(owner, start, end, code, self.data.query_history)
 
 
 class ListedSessions(Sessions):
@@ -378,9 +409,8 @@ class ListedSessions(Sessions):
         length = end - start
         slices = [length <= np.quantile(length, 0.1, method="higher")]
         if data.tables.query:
-            code, owners = data.catalogue.query_code, data.tables.events["owner"].to_numpy().astype(np.int64)
-            index = OccurrenceIndex(owners, code[self.item], int(code.max()) + 1)
-            slices.append(index.count(owner, start, end, code[self._candidates[:, 0]]) == 0)
+            code = data.catalogue.query_code[self._candidates[:, 0]]
+            slices.append(data.by_query.count(owner, start, end, code) == 0)
         return np.stack(slices, 1)
 
     def __len__(self) -> int:
@@ -495,8 +525,5 @@ def _pad(lists: pl.Series, lengths: Ints, value: int) -> Ints:
 
 def _query_codes(data: RankingData, table: pl.DataFrame) -> Tensor:
     """Query ids of listed sessions, in the vocabulary of the items' attribute of the same name."""
-    columns = []
-    for name in data.tables.query:
-        known = data.tables.items[name][np.unique(data.tables.events.filter("is_train")["item"].to_numpy())]
-        columns.append(encode(table[name], known)[0])
+    columns = [encode(table[name], data.catalogue.known[name])[0] for name in data.tables.query]
     return torch.from_numpy(np.stack(columns, 1) if columns else np.zeros((len(table), 0), np.int64))

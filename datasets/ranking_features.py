@@ -64,6 +64,14 @@ class OccurrenceIndex:
         """Occurrences of `code` in rows `start:end` of `owner`; all of one shape."""
         return self._place(owner, code, end) - self._place(owner, code, start)
 
+    def latest(self, owner: Ints, start: Ints, end: Ints, code: Ints, count: int) -> Ints:
+        """The last `count` rows of `code` in rows `start:end` of `owner`, [batch, count], -1 where there are fewer."""
+        low, high = self._place(owner, code, start)[:, None], self._place(owner, code, end)[:, None]
+        place = high - count + np.arange(count)
+        if not len(self._row):
+            return np.full(place.shape, -1)
+        return np.where(place >= low, self._row[np.maximum(place, 0)], -1)
+
     def __call__(self, windows: Windows, code: Ints) -> History:
         """Look up codes [batch, cands] of the windows' owners."""
         owner, start, end, _, since = (values[:, None] for values in windows)
@@ -101,7 +109,7 @@ class CrossFeatures:
         def index(code: Ints) -> OccurrenceIndex:
             return OccurrenceIndex(self._owner, code[self._item], int(code.max(initial=0)) + 1, log_price)
 
-        self.by_item, self._by_query = index(np.arange(num_items)), index(query_code)
+        self.by_item, self.by_query = index(np.arange(num_items)), index(query_code)
         self._pair_codes = {
             name: np.unique(query_code * (int(code.max(initial=0)) + 1) + code, return_inverse=True)[1]
             for name, code in attributes.items()
@@ -173,7 +181,7 @@ class CrossFeatures:
         """Features of candidates [batch, cands] (item rows; -1 pads) -> [batch, cands, features]."""
         items = np.maximum(candidates, 0)
         query = self._query[items]
-        own, typed = self.by_item(windows, items), self._by_query(windows, query)
+        own, typed = self.by_item(windows, items), self.by_query(windows, query)
         bought = own.count > 0
         days = np.where(bought, (windows.time[:, None] - self._time[own.last]) / DAY, np.inf)
         columns = [

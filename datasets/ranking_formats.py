@@ -6,7 +6,6 @@ session's own basket nor another one of the same second leaks into it.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -18,7 +17,6 @@ from .ranking_tables import RankingTables, draw_sessions, fingerprint, history_b
 
 __all__ = ["RankingTables", "fingerprint", "read_fuxictr", "read_long", "read_recbole"]
 
-Split = Literal["temporal", "leave_one_out"]
 _SPLITS = ("train", "valid", "test", "predict")
 _RECBOLE_TYPES = ("token", "float", "token_seq", "float_seq")
 
@@ -28,7 +26,7 @@ def read_long(
     items: str | Path | None = None,
     sessions: str | Path | None = None,
     query: Sequence[str] = (),
-    split: Split = "temporal",
+    split: str = "temporal",
     seed: int | np.random.Generator = 0,
     max_sessions: int | None = 10_000,
     name: str | None = None,
@@ -65,7 +63,7 @@ def read_recbole(
     folder: str | Path,
     name: str,
     query: Sequence[str] = (),
-    split: Split = "temporal",
+    split: str = "temporal",
     seed: int | np.random.Generator = 0,
     max_sessions: int | None = 10_000,
 ) -> RankingTables:
@@ -245,7 +243,7 @@ def _sessions(
         given = asked.frame["split"].cast(pl.String)
         asked.refuse(~given.is_in(_SPLITS) | given.is_null(), "split", f"one of {', '.join(_SPLITS)}")
         columns.append(given.alias("split"))
-    columns += [_query_column(asked, name, items[name].dtype) for name in query]
+    columns += [_query_column(asked, name, items[name]) for name in query]
     rows = pl.DataFrame(columns)
     predict = rows["split"] == "predict" if "split" in rows.columns else pl.repeat(False, rows.height, eager=True)
     if "label" not in asked and not predict.all():
@@ -283,8 +281,9 @@ def _sessions(
     return sessions.join(users, on="user_id", maintain_order="left").drop("user_id")
 
 
-def _query_column(asked: Table, name: str, dtype: pl.DataType) -> pl.Series:
-    values = asked.attribute(name)
+def _query_column(asked: Table, name: str, like: pl.Series) -> pl.Series:
+    """A query column of the sessions, as the items' attribute `like` holds it."""
+    values, dtype = asked.attribute(name), like.dtype
     same_kind = values.dtype == dtype or (values.dtype.is_integer() and dtype.is_integer())
     if not same_kind and dtype != pl.String:
         raise UserError(f"{asked.file}: column '{name}' is {values.dtype}; expected {dtype} as in the items file")

@@ -42,8 +42,9 @@ class RankingTask(BaseTask):
         optimizer: factory for the optimiser; with sparse embeddings it gets the dense parameters.
         sparse_optimizer: factory for embedding tables with `sparse=True`.
         lr_scheduler: factory for the scheduler.
-        loss: over a session's candidates: `pointwise` (binary cross-entropy), `listwise` (softmax
-            cross-entropy) or `pairwise` (logistic on positive minus negative).
+        loss: over a session's candidates: `listwise` (softmax cross-entropy), `pointwise` (binary
+            cross-entropy) or `pairwise` (logistic on positive minus negative). After the first, a
+            candidate's probability is its softmax share of the session, else the sigmoid of its score.
         monitor: validation metric that chooses the checkpoint; `gauc` for data with one candidate a row.
         schema: the data's schema, linked by the command line.
     """
@@ -68,6 +69,7 @@ class RankingTask(BaseTask):
         self.sparse = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse]
         # Lightning steps one optimiser by itself; sparse tables need a second one.
         self.automatic_optimization = not self.sparse
+        self.probabilistic = getattr(model, "probabilistic", True)
         self.picture_field = _picture_field(self.schema)
         self.group_names: list[str] = []
         self._scored: list[Scored] = []
@@ -123,20 +125,29 @@ class RankingTask(BaseTask):
 
     def on_test_epoch_end(self) -> None:
         self.tested = self._take()
-        self.result = evaluate(self.tested, self.schema["slices"])
+        self.result = evaluate(self.tested, self.schema["slices"], logloss=self.probabilistic)
         self.log_dict({f"test/{name}": value for name, value in self.result.metrics.items()})
 
+    def logits(self, output: Any, mask: Bool[Tensor, "batch cands"]) -> Float[Tensor, "batch cands"]:
+        """Scores as log-odds in float64, so that they compare across sessions; their order within one stays."""
+        scores: Tensor = output.scores.double()
+        if self.loss_name != "listwise" or not self.probabilistic:
+            return scores
+        log_p = scores.masked_fill(~mask, -torch.inf).log_softmax(-1).clamp(min=-700)
+        rest = (-log_p.exp()).clamp(min=-1 + 1e-15)
+        return (log_p - torch.log1p(rest)).masked_fill(~mask, 0.0)
+
     def predict_step(self, batch: RankingBatch, batch_idx: int) -> pl.DataFrame:
-        """One row a candidate: session, place, rank (1 is best), score (logit), probability within the session."""
-        scores, mask = self(batch).scores.float(), batch.candidate_mask
-        probability = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        """One row a candidate: session, place, rank (1 is best), score (log-odds) and probability."""
+        mask = batch.candidate_mask
+        scores = self.logits(self(batch), mask)
         place = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
         columns = {
             "session": batch.session.unsqueeze(1).expand_as(scores),
             "place": place,
-            "rank": mid_ranks(scores.double(), mask),
+            "rank": mid_ranks(scores, mask),
             "score": scores,
-            "probability": probability,
+            "probability": scores.sigmoid(),
         }
         return pl.DataFrame({name: values[mask].cpu().numpy() for name, values in columns.items()})
 
@@ -153,7 +164,7 @@ class RankingTask(BaseTask):
         field = self.picture_field
         self._scored.append(
             Scored(
-                scores=output.scores.double().cpu(),
+                scores=self.logits(output, batch.candidate_mask).cpu(),
                 labels=batch.labels.cpu(),
                 mask=batch.candidate_mask.cpu(),
                 user=batch.user.cpu(),
@@ -204,8 +215,11 @@ def ranking_loss(
     return (each * has).sum() / has.sum().clamp(min=1)
 
 
-def evaluate(scored: Scored, slices: Iterable[str] = ()) -> TestResult:
-    """Every leaderboard metric of scored sessions, overall and on each slice, and the per-session table."""
+def evaluate(scored: Scored, slices: Iterable[str] = (), logloss: bool = True) -> TestResult:
+    """Every leaderboard metric of scored sessions, overall and on each slice, and the per-session table.
+
+    `logloss=False` leaves it out, for scores that are counts and no log-odds.
+    """
     per_session = session_metrics(*scored[:3])
     table = {"unit": scored.session.numpy()}
     table |= {name: _nan_to_null(values) for name, values in per_session._asdict().items()}
@@ -228,7 +242,8 @@ def evaluate(scored: Scored, slices: Iterable[str] = ()) -> TestResult:
     for i, name in enumerate(slices):
         table[name] = scored.slices[:, i].numpy()
         add(per_session, f"_{name}", scored.slices[:, i])
-    metrics = {name: value for name, value in metrics.items() if value == value}
+    undefined = {name for name, value in metrics.items() if value != value} | (set() if logloss else {"logloss"})
+    metrics = {name: value for name, value in metrics.items() if name not in undefined}
     return TestResult(metrics, {name: info[name] for name in metrics}, pl.DataFrame(table))
 
 

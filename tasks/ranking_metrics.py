@@ -47,7 +47,7 @@ def mid_ranks(scores: Float[Tensor, "batch cands"], mask: Bool[Tensor, "batch ca
     scores = scores.masked_fill(~mask, -torch.inf)
     above = (scores.unsqueeze(1) > scores.unsqueeze(2)).sum(2)
     tied = (scores.unsqueeze(1) == scores.unsqueeze(2)).sum(2)
-    return above + (tied + 1) / 2
+    return above + (tied.double() + 1) / 2
 
 
 def pairwise_auc(

@@ -24,6 +24,8 @@ class CountRule(ZooModel):
     A learned model is worth listing only above the best of them.
     """
 
+    probabilistic = False  # scores are counts
+
     def __init__(self, rule: Rule = "repeat_popularity") -> None:
         super().__init__()
         self.rule = rule
