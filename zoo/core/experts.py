@@ -130,12 +130,13 @@ class MLPExperts(Experts):
         backend: Backend | Literal["auto"] = "auto",
     ) -> Float[Tensor, "rows out"]:
         if backend == "auto":
-            top_k = plan.row.shape[1]
-            backend = self.select(x_sorted, top_k, tokens=plan.row.shape[0])
-        if backend == "dense":
-            backend = "segment"  # the rows are sorted already
+            backend = self.select(x_sorted, plan.row.shape[1], tokens=plan.row.shape[0])
+            skewed = backend == "padded" and plan.counts.max() * self.num_experts > 2 * plan.slot.numel()
+            backend = "segment" if skewed or backend == "dense" else backend  # the rows are sorted already
         if backend == "padded":
             return self._padded(x_sorted, plan)
+        if backend == "dense":
+            raise ValueError("backend='dense' takes unsorted tokens: call dense()")
         h = x_sorted
         *hidden, last = self._stack()
         for layer in hidden:
@@ -164,7 +165,6 @@ class MLPExperts(Experts):
             dims=[self.dim, *(size for layer in layers for size in layer.weight.shape[1:]), self.out],
             dtype=torch.get_autocast_dtype(x.device.type) if autocast else x.dtype,
             device=x.device,
-            bias=layers[0].bias is not None,
             override=self.backend,
         )
 

@@ -47,7 +47,7 @@ def grouped_linear(
 
 def grouped_mm_is_legal(dims: Sequence[int], dtype: torch.dtype) -> bool:
     """Whether `grouped_mm` takes these row lengths: multiples of 16 bytes, no float64."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or not hasattr(F, "grouped_mm"):
         return False
     return all(dim > 0 and dim * dtype.itemsize % 16 == 0 for dim in dims)
 
@@ -60,7 +60,6 @@ def select_backend(
     dims: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
-    bias: bool = False,
     override: Backend | Literal["auto"] = "auto",
 ) -> Backend:
     """How to compute MLP experts of layer widths `dims` (input first) on `tokens` with `top_k` slots each.
@@ -84,8 +83,7 @@ def select_backend(
     if device.type == "cpu":
         if dtype in (torch.bfloat16, torch.float16) and rows_per_expert < 128 and largest <= 2**14:
             return "padded"  # the fixed cost of a bf16 matmul exceeds that of the padding
-        # A bias is free inside a segment's matmul and one more pass over the rows after grouped_mm.
-        return "grouped" if legal and not bias else "segment"
+        return "grouped" if legal else "segment"
     if device.type == "cuda":
         if legal and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0):
             return "grouped"

@@ -85,7 +85,7 @@ class MoE(nn.Module):
             y: Tensor = self.experts.dense(x, routing.dense_weights())
             return y
         plan = make_plan(routing.indices, self.experts.num_experts, dropless=routing.dropless)
-        y_sorted = self.experts(dispatch(x, plan), plan, backend=backend)
+        y_sorted = self.experts(dispatch(x, plan), plan, backend=self.backend)
         return combine(y_sorted, routing.weights, plan)
 
     def _with_shared(

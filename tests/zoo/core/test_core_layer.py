@@ -290,3 +290,18 @@ def test_compiles_to_one_graph():
     # Its own process: the tests' type checks are no part of what users compile.
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+def test_auto_pads_small_bfloat16_groups_unless_they_are_skewed(skewed, monkeypatch):
+    torch.manual_seed(0)
+    experts = MLPExperts(8, 8, 16).bfloat16()
+    indices = torch.zeros(32, 1, dtype=torch.int64) if skewed else torch.arange(32)[:, None] % 8
+    padded = []
+    original = experts._padded
+    monkeypatch.setattr(experts, "_padded", lambda *a: padded.append(True) or original(*a))
+    x = torch.randn(32, 8, dtype=torch.bfloat16)
+    got = MoE(FixedRouter(8), experts)(x, task_id=indices[:, 0])
+    want = MoE(FixedRouter(8), experts, backend="dense")(x, task_id=indices[:, 0])
+    assert bool(padded) != skewed
+    torch.testing.assert_close(got, want, rtol=0.03, atol=0.03)
