@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -155,7 +156,9 @@ def create_model(
         return load(name)  # type: ignore[return-value]
     recipe = read(name)
     model, data = recipe["model"]["init_args"]["model"], recipe["data"]
-    if schema is None:
-        schema = import_class(data["class_path"])(**data.get("init_args", {})).schema
-    arguments = {**model.get("init_args", {}), **changes}
-    return import_class(model["class_path"])(schema=dict(schema), **arguments)  # type: ignore[no-any-return]
+    build, arguments = import_class(model["class_path"]), {**model.get("init_args", {}), **changes}
+    if "schema" in signature(build).parameters:
+        if schema is None:
+            schema = import_class(data["class_path"])(**data.get("init_args", {})).schema
+        arguments["schema"] = dict(schema)
+    return build(**arguments)  # type: ignore[no-any-return]

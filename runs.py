@@ -49,13 +49,17 @@ class Request:
 class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """One line instead of the usage of some sixty trainer flags."""
-        cause: BaseException | None = ex
-        while cause is not None:
-            if isinstance(cause, UserError):
-                raise UserError(str(cause)) from None
-            cause = cause.__cause__ or cause.__context__
+        _raise_user_error(ex)
         lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
         raise UserError(" ".join(lines)[:400]) from None
+
+
+def _raise_user_error(error: BaseException | None) -> None:
+    """Raise the UserError behind an error of the parser's, if there is one."""
+    while error is not None:
+        if isinstance(error, UserError):
+            raise UserError(str(error)) from None
+        error = error.__cause__ or error.__context__
 
 
 class RecipeCLI(LightningCLI):
@@ -97,7 +101,11 @@ class RecipeCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build data and task only: a Trainer leaves folders and comes when all else is well."""
-        self.config_init = self.parser.instantiate_classes(self.config)
+        try:
+            self.config_init = self.parser.instantiate_classes(self.config)
+        except Exception as error:
+            _raise_user_error(error)
+            raise
         self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")
 
     def make_trainer(self, run_dir: Path | None, callbacks: Sequence[Callback] = ()) -> lightning.Trainer:

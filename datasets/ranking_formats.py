@@ -88,7 +88,7 @@ def _assemble(
     people: Table | None,
     asked: Table | None,
     query: tuple[str, ...],
-    split: Split,
+    split: str,
     seed: int | np.random.Generator,
     max_sessions: int | None,
 ) -> RankingTables:
@@ -190,7 +190,7 @@ def _events(
     return events.with_columns(basket.alias("basket")).sort(order).select(kept)
 
 
-def _assign_split(units: pl.DataFrame, split: Split, file: Path) -> pl.DataFrame:
+def _assign_split(units: pl.DataFrame, split: str, file: Path) -> pl.DataFrame:
     """Adds `split` to sessions or baskets given by (user, time)."""
     if split == "leave_one_out":
         from_last = pl.int_range(pl.len(), 0, -1).over("user", order_by="time")

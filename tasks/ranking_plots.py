@@ -58,7 +58,7 @@ def _gate_by_category(scored: "Scored", names: Sequence[str], path: Path) -> Pat
     limits: dict[str, Any] = {"vmin": 0, "cmap": "viridis"}
     if (weight < 0).any():
         limits = {"vmin": -float(weight.abs().max()), "vmax": float(weight.abs().max()), "cmap": "RdBu_r"}
-    image = axes.imshow(weight, aspect="auto", **limits)
+    image = axes.imshow(weight.numpy(), aspect="auto", **limits)
     axes.set_xticks(range(experts), [str(e) for e in range(experts)])
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set(xlabel="expert")

@@ -66,7 +66,7 @@ def draw_shares(name: str, shares: list[list[float]], folder: Path) -> Path:
     experts, epochs = len(shares[0]), len(shares)
     figure = Figure(figsize=(2.6 + 0.55 * epochs, 1.6 + 0.32 * experts), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(torch.tensor(shares).T, vmin=0, cmap="viridis", aspect="auto")
+    image = axes.imshow(torch.tensor(shares).T.numpy(), vmin=0, cmap="viridis", aspect="auto")
     axes.set_xticks(range(epochs), [str(e + 1) for e in range(epochs)])
     axes.set_yticks(range(experts), [str(e) for e in range(experts)])
     axes.set(xlabel="epoch", ylabel="expert", title=f"{name}: share of routed weight")

@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("moezoo", "beartype.beartype")
+install_import_hook(["moezoo.zoo", "moezoo.tasks", "moezoo.datasets"], "beartype.beartype")  # where tensors live
 
 import pytest
 import torch

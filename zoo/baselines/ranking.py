@@ -238,8 +238,8 @@ class SessionGatedMoE(ZooModel):
         loss = gate.new_zeros(())
         if self.parent_router is not None:
             dim = self.embeddings.table.embedding_dim
-            fields = self.embeddings.candidates(candidates[:, 0]).unflatten(-1, (-1, dim))
-            parent: Routing = self.parent_router(fields[:, self.parent_field])
+            fields = self.embeddings.candidates(candidates[:, :1]).unflatten(-1, (-1, dim))
+            parent: Routing = self.parent_router(fields[:, 0, self.parent_field])
             loss = loss + self.parent_weight * (routing.scores - parent.scores).square().sum(-1).mean()
         idle = gate == 0
         if self.adversarial_weight and gate.shape[1] > routing.top_k:
