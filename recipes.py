@@ -153,7 +153,7 @@ def create_model(
 
         if changes or schema is not None:
             raise UserError("create_model(pretrained=True) takes the published sizes: drop the other arguments")
-        return load(name)  # type: ignore[return-value]
+        return load(name)
     recipe = read(name)
     model, data = recipe["model"]["init_args"]["model"], recipe["data"]
     build, arguments = import_class(model["class_path"]), {**model.get("init_args", {}), **changes}

@@ -191,8 +191,8 @@ def predict(request: Request) -> int:
     if output.suffix not in {".parquet", ".csv"}:
         raise UserError(f"--output {output}: expected a name that ends in .parquet or .csv")
     cli, trainer = _evaluation(request)
-    table = pl.concat(trainer.predict(cli.model, datamodule=cli.datamodule))
-    table = cli.datamodule.decode(table)
+    batches: Any = trainer.predict(cli.model, datamodule=cli.datamodule)
+    table: pl.DataFrame = cli.datamodule.decode(pl.concat(batches))
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.{os.getpid()}")
     table.write_parquet(partial) if output.suffix == ".parquet" else table.write_csv(partial)
@@ -231,7 +231,7 @@ def check_fits(trained: Any, model: ZooModel, name: str) -> None:
     if type(trained) is not type(model):
         raise UserError(f"--weights: these are of {type(trained).__name__}, but {name} is {type(model).__name__}")
     for key, value in model.init_args.items():
-        theirs = trained.init_args.get(key)
+        theirs: Any = trained.init_args.get(key)
         if theirs != value and key == "schema":
             raise UserError(
                 f"--weights: trained on {theirs['dataset']}, but the data is {value['dataset']} (other vocabulary): "
@@ -305,7 +305,7 @@ def flops_per_sample(task: BaseTask, data: lightning.LightningDataModule) -> flo
     batch = data.transfer_batch_to_device(batch, task.device, 0)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         task(batch)
-    return counter.get_total_flops() / len(batch[0])
+    return float(counter.get_total_flops()) / len(batch[0])
 
 
 def save_weights(model: ZooModel, folder: Path, result: Result) -> None:

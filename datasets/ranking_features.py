@@ -33,7 +33,7 @@ class Windows(NamedTuple):
 class History(NamedTuple):
     """What an index says of (owner, code) pairs inside windows, each of shape [batch, cands]."""
 
-    count: Floats
+    times: Floats
     recent: Floats
     last: Ints  # row of the latest occurrence, -1 where there is none
     mean_log_price: Floats
@@ -182,11 +182,11 @@ class CrossFeatures:
         items = np.maximum(candidates, 0)
         query = self._query[items]
         own, typed = self.by_item(windows, items), self.by_query(windows, query)
-        bought = own.count > 0
+        bought = own.times > 0
         days = np.where(bought, (windows.time[:, None] - self._time[own.last]) / DAY, np.inf)
         columns = [
-            np.log1p(own.count),
-            own.count / (typed.count + 1),
+            np.log1p(own.times),
+            own.times / (typed.times + 1),
             np.log1p(own.recent),
             own.recent / (typed.recent + 1),
             bought,
@@ -199,14 +199,14 @@ class CrossFeatures:
         for name, code in self._attributes.items():
             pair = self._by_pair[name](windows, self._pair_codes[name][items])
             overall = self._by_attribute[name](windows, code[items])
-            seen = pair.count > 0
+            seen = pair.times > 0
             age = np.where(seen, (windows.time[:, None] - self._time[pair.last]) / DAY, np.inf)
-            columns += [np.log1p(overall.count), np.log1p(pair.count), pair.count / (typed.count + 1)]
+            columns += [np.log1p(overall.times), np.log1p(pair.times), pair.times / (typed.times + 1)]
             columns += [np.exp(-age / DECAYS_DAYS[1])]
         if self._has_price:
             relative = self._price[items] - self._query_price[query]
-            usual = np.where(typed.count > 0, typed.mean_log_price - self._query_price[query], 0.0)
-            columns += [relative, relative - usual, np.abs(relative - usual) * (typed.count > 0)]
+            usual = np.where(typed.times > 0, typed.mean_log_price - self._query_price[query], 0.0)
+            columns += [relative, relative - usual, np.abs(relative - usual) * (typed.times > 0)]
         return np.stack(columns, -1).astype(np.float32)
 
     def _popular(self, windows: Windows, candidates: Ints, items: Ints) -> list[Floats]:

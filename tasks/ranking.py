@@ -74,7 +74,7 @@ class RankingTask(BaseTask):
         self.group_names: list[str] = []
         self._scored: list[Scored] = []
 
-    def forward(self, batch: RankingBatch) -> Any:  # type: ignore[override]
+    def forward(self, batch: RankingBatch) -> Any:
         """The model's output for the fields of the batch that its forward names."""
         return self.model(**{name: getattr(batch, name) for name in self.inputs})
 
@@ -116,7 +116,7 @@ class RankingTask(BaseTask):
             self.log(f"val/{name}", metrics[name], prog_bar=name == self.headline)
 
     def on_test_start(self) -> None:
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if self.picture_field is not None and hasattr(data, "names"):
             self.group_names = data.names(self.schema["fields"][self.picture_field])
 
@@ -221,7 +221,7 @@ def evaluate(scored: Scored, slices: Iterable[str] = (), logloss: bool = True) -
     `logloss=False` leaves it out, for scores that are counts and no log-odds.
     """
     per_session = session_metrics(*scored[:3])
-    table = {"unit": scored.session.numpy()}
+    table: dict[str, Any] = {"unit": scored.session.numpy()}
     table |= {name: _nan_to_null(values) for name, values in per_session._asdict().items()}
     metrics: dict[str, float] = {}
     info: dict[str, MetricInfo] = {}

@@ -11,42 +11,40 @@ from torch import Tensor
 from ..zoo.core import Routing
 from ..zoo.core.statistics import routing_statistics
 
-# One statistic of a batch is noise and costs a device read; these many train steps are averaged for each value.
-EVERY_N_STEPS = 10
+EVERY_N_STEPS = 10  # one statistic of one batch is noise, and more would cost time
+MAX_COLUMNS = 400  # of the picture; beyond it every second one is dropped
 
 
 class RoutingMonitor(Callback):
-    """Logs `moe/<layer>/<statistic>` once an epoch and draws the share of weight each expert gets, epoch by epoch.
+    """Logs `moe/<layer>/<statistic>` once an epoch and draws the share of weight each expert gets over training.
 
     Records come from `BaseTask.record`, so any model that returns `routing` is watched without knowing it.
-    Measured in training: evaluation with one token a step would look like collapse.
+    Measured in training: evaluation with one token a step would look like collapse. Values stay on the device
+    until the epoch ends.
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, dict[str, Tensor]] = {}
-        self._counts: dict[str, int] = {}
+        self._seen: dict[str, list[dict[str, Tensor]]] = {}
         self.shares: dict[str, list[list[float]]] = {}
 
     def on_train_batch_end(self, trainer: lightning.Trainer, task: Any, *_: Any) -> None:
-        if trainer.global_step % EVERY_N_STEPS:
-            return
-        for name, record in task.routing.items():
-            values = routing_statistics(record) | {"share": _share(record)}
-            sums = self._sums.setdefault(name, {})
-            for key, value in values.items():
-                sums[key] = sums.get(key, 0) + value.detach().float()
-            self._counts[name] = self._counts.get(name, 0) + 1
+        if trainer.global_step % EVERY_N_STEPS == 0:
+            for name, record in task.routing.items():
+                self._seen.setdefault(name, []).append(routing_statistics(record) | {"share": _share(record)})
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
-        for name, sums in self._sums.items():
-            means = {key: value / self._counts[name] for key, value in sums.items()}
-            share = means.pop("share")
+        for name, seen in self._seen.items():
+            columns = {key: torch.stack([values[key].float() for values in seen]) for key in seen[0]}
+            shares = columns.pop("share")
             if trainer.world_size > 1:
-                share = trainer.strategy.reduce(share, reduce_op="mean")
-            self.shares.setdefault(name, []).append(share.tolist())
-            scalars = {f"moe/{name}/{key}": value for key, value in means.items() if value.ndim == 0}
+                shares = trainer.strategy.reduce(shares, reduce_op="mean")
+            kept = self.shares.setdefault(name, [])
+            kept += shares.tolist()
+            while len(kept) > MAX_COLUMNS:
+                del kept[1::2]
+            scalars = {f"moe/{name}/{key}": values.mean() for key, values in columns.items() if values.ndim == 1}
             task.log_dict(scalars, sync_dist=trainer.world_size > 1)
-        self._sums, self._counts = {}, {}
+        self._seen = {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"shares": self.shares}
@@ -55,21 +53,22 @@ class RoutingMonitor(Callback):
         self.shares = state_dict["shares"]
 
     def draw(self, folder: Path) -> list[Path]:
-        """Draw `routing_<layer>.png`, experts x epochs, for every layer seen; returns the files."""
+        """Draw `routing_<layer>.png`, experts x training, for every layer seen; returns the files."""
         return [draw_shares(name, shares, folder) for name, shares in self.shares.items()]
 
 
 def draw_shares(name: str, shares: list[list[float]], folder: Path) -> Path:
-    """A heat map of expert shares over epochs."""
+    """A heat map of expert shares from the first training step to the last."""
     from matplotlib.figure import Figure
 
-    experts, epochs = len(shares[0]), len(shares)
-    figure = Figure(figsize=(2.6 + 0.55 * epochs, 1.6 + 0.32 * experts), layout="constrained")
+    experts = len(shares[0])
+    figure = Figure(figsize=(6.4, 1.6 + 0.3 * experts), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(torch.tensor(shares).T.numpy(), vmin=0, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(epochs), [str(e + 1) for e in range(epochs)])
+    image = axes.imshow(
+        torch.tensor(shares).T.numpy(), vmin=0, cmap="viridis", aspect="auto", extent=(0, 100, experts - 0.5, -0.5)
+    )
     axes.set_yticks(range(experts), [str(e) for e in range(experts)])
-    axes.set(xlabel="epoch", ylabel="expert", title=f"{name}: share of routed weight")
+    axes.set(xlabel="training done, %", ylabel="expert", title=f"{name}: share of routed weight")
     figure.colorbar(image, ax=axes)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"routing_{name.replace('.', '_')}.png"

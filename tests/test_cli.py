@@ -195,7 +195,7 @@ def test_recipes_are_read_strictly(tmp_path):
     with pytest.raises(UserError, match="unknown key 'modle'"):
         recipes.read(path)
     path.write_text("trainer: [\n")
-    with pytest.raises(UserError, match="line 2.*not valid YAML"):
+    with pytest.raises(UserError, match=r"line 2.*not valid YAML"):
         recipes.read(path)
 
 

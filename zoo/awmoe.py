@@ -115,8 +115,8 @@ class AWMoE(ZooModel):
         if self.training and self.contrastive_weight > 0:
             keep = torch.rand(history_mask.shape, device=history_mask.device) >= self.mask_rate
             view = self._gate(state._replace(mask=history_mask & keep, gate=None), target)
-            pooled = (_session_gate(g, candidate_mask) for g in (gate, view))
-            loss = self.contrastive_weight * gate_contrastive_loss(*pooled, user, self.temperature)
+            whole, masked = _session_gate(gate, candidate_mask), _session_gate(view, candidate_mask)
+            loss = self.contrastive_weight * gate_contrastive_loss(whole, masked, user, self.temperature)
         return RankingOutput(scores, {"gate": dense_routing(gate, candidate_mask, loss)})
 
     def encode_user(
@@ -144,7 +144,8 @@ class AWMoE(ZooModel):
     def _gate(self, state: UserState, target: Float[Tensor, "batch cands dim"]) -> Float[Tensor, "batch _ experts"]:
         if state.gate is not None:
             return state.gate
-        return self.gate(state.gate_history, state.mask, state.query, target)
+        gate: Tensor = self.gate(state.gate_history, state.mask, state.query, target)
+        return gate
 
     def _score(
         self,
@@ -164,6 +165,10 @@ class FieldEmbeddings(nn.Module):
     Embeddings of a row's fields are concatenated. Id 0 pads, 1 is unknown.
     """
 
+    _fields: Tensor
+    _history_fields: Tensor
+    _query: Tensor
+
     def __init__(self, schema: Mapping[str, Any], dim: int, std: float, sparse: bool = False) -> None:
         super().__init__()
         names = sorted(schema["vocabulary"])
@@ -177,13 +182,18 @@ class FieldEmbeddings(nn.Module):
         self.widths = {kind: len(schema[kind]) * dim for kind in ("fields", "history_fields", "query")}
 
     def candidates(self, ids: Int[Tensor, "batch cands fields"]) -> Float[Tensor, "batch cands dim"]:
-        return self.table(ids + self._fields).flatten(-2)
+        return _rows(self.table, ids + self._fields)
 
     def history(self, ids: Int[Tensor, "batch time fields"]) -> Float[Tensor, "batch time dim"]:
-        return self.table(ids + self._history_fields).flatten(-2)
+        return _rows(self.table, ids + self._history_fields)
 
     def query(self, ids: Int[Tensor, "batch queries"]) -> Float[Tensor, "batch dim"]:
-        return self.table(ids + self._query).flatten(-2)
+        return _rows(self.table, ids + self._query)
+
+
+def _rows(table: nn.Embedding, ids: Int[Tensor, "*rows fields"]) -> Float[Tensor, "*rows dim"]:
+    rows: Tensor = table(ids)
+    return rows.flatten(-2)
 
 
 class PairUnit(nn.Module):
@@ -210,7 +220,8 @@ class PairUnit(nn.Module):
         product = scaled.reshape(batch, contexts * hidden, dim) @ rows.mT
         product = product.view(batch, contexts, hidden, -1).transpose(-1, -2)
         alone = F.linear(rows, w_rows).unsqueeze(1) + F.linear(context, w_context, self.first.bias).unsqueeze(2)
-        return self.last(F.relu(product + alone))
+        out: Tensor = self.last(F.relu(product + alone))
+        return out
 
 
 class InputNetwork(nn.Module):
@@ -297,8 +308,9 @@ class GateNetwork(nn.Module):
         else:
             context = torch.cat([target, query.unsqueeze(1).expand(-1, target.shape[1], -1)], -1)
         context = self.project_context(context)
-        votes = self.unit(history, context) * self.activation(history, context) * mask[:, None, :, None]
-        gate = self.default(context).float() + votes.float().sum(2)  # sums over long histories stay in fp32
+        default: Tensor = self.default(context)
+        votes: Tensor = self.unit(history, context) * self.activation(history, context) * mask[:, None, :, None]
+        gate = default.float() + votes.float().sum(2)  # sums over long histories stay in fp32
         return gate.softmax(-1) if self.norm == "softmax" else gate
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
-
 from moezoo import recipes
 from moezoo.leaderboard.results import Hardware, MetricInfo, Parameters, Result
 

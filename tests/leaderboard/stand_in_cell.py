@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import polars as pl
-
 from moezoo.leaderboard.results import Hardware, MetricInfo, Parameters, Result
 from moezoo.recipes import name_of, recipe_hash
 

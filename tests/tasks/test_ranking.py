@@ -191,9 +191,11 @@ def test_telemetry_logs_and_draws_who_goes_where(small, tmp_path):
         enable_checkpointing=False, callbacks=[monitor], accelerator="cpu",
     )  # fmt: skip
     trainer.fit(task, datamodule=small)
-    assert {f"moe/gate/{n}" for n in ("load_entropy", "token_entropy", "max_violation")} <= set(trainer.callback_metrics)
+    assert {f"moe/gate/{n}" for n in ("load_entropy", "token_entropy", "max_violation")} <= set(
+        trainer.callback_metrics
+    )
     shares = torch.tensor(monitor.shares["gate"])
-    assert shares.shape == (2, 4)
+    assert shares.shape == (2, 4)  # steps 10 and 20
     torch.testing.assert_close(shares.sum(1), torch.ones(2))
     (picture,) = monitor.draw(tmp_path)
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -83,11 +83,11 @@ class LinearScorer(ZooModel):
             optimizer.zero_grad()
             log_p = (dense @ weight).masked_fill(~mask, -torch.inf).log_softmax(1).masked_fill(positive == 0, 0)
             value = -(log_p * positive).sum() / positive.sum() + self.l2 * weight.square().sum()
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             return value
 
         with torch.enable_grad():
-            optimizer.step(loss)  # type: ignore[no-untyped-call]
+            optimizer.step(loss)
         self.weight.copy_(weight.detach())
 
     def forward(self, dense: Float[Tensor, "batch cands features"]) -> RankingOutput:
