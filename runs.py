@@ -6,6 +6,7 @@ units.parquet. Everything the user gave is checked before a Trainer exists, so a
 
 import math
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Sequence
@@ -155,7 +156,12 @@ def fit(request: Request) -> int:
     if closed_form:
         task.model.fit(data.train_dataloader())
     else:
-        trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
+        try:
+            trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
+        except UserError:
+            if not checkpoint.best_model_path:  # nothing was learned yet: leave no folder behind
+                shutil.rmtree(run_dir)
+            raise
         if trainer.interrupted:
             console.print(f"interrupted: go on with `moezoo fit --config {request.config} --resume`")
             return 130
@@ -252,8 +258,6 @@ def _prepare(run_dir: Path, request: Request) -> str | None:
         raise UserError(f"{run_dir} holds a run already: add --resume, --overwrite or another --run_dir")
     if not (run_dir / "config.yaml").exists():
         raise UserError(f"--overwrite {run_dir}: this is not a run folder (no config.yaml), so it is left alone")
-    import shutil
-
     shutil.rmtree(run_dir)
     return None
 
@@ -329,7 +333,8 @@ def _summary(console: Console, result: Result, task: BaseTask, run_dir: Path, pi
     assert task.result is not None
     print_metrics(console, task.result)
     rows = {"weights": run_dir / "weights", "metrics": run_dir / "result.json", "history": run_dir / "metrics.csv"}
-    console.print(f"[bold]{result.recipe}[/] on {result.dataset}: {task.headline} {result.metrics[task.headline]:.4f}")
+    value = result.metrics.get(task.headline, math.nan)
+    console.print(f"[bold]{result.recipe}[/] on {result.dataset}: {task.headline} {value:.4f}")
     for what, where in rows.items():
         if where.exists():
             console.print(f"  {what:9} {where}", soft_wrap=True)

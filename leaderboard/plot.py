@@ -21,15 +21,15 @@ _PLACEHOLDERS = {
     "ink": "#0a0006",
     "line": "#0a0007",
 }
-_INCHES_PER_ROW = 0.32
+_INCHES_PER_ROW = 0.28
 
 
 def interval_plot(table: Table) -> str:
     """An inline `<svg>`: the headline metric of each recipe, its interval, and each seed as a small tick."""
     rows = [row for row in table.rows if table.headline.name in row.metrics]
-    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": table.anchor, "font.size": 10.5}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": table.anchor, "font.size": 10}
     with mpl.rc_context(settings):
-        figure = Figure(figsize=(8.4, 0.75 + _INCHES_PER_ROW * len(rows)), layout="constrained")
+        figure = Figure(figsize=(6.8, 0.75 + _INCHES_PER_ROW * len(rows)), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         for position, row in enumerate(rows):
@@ -79,7 +79,7 @@ def _for_page(svg: str, table: Table) -> str:
     return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 
 
-def _shorten(title: str, longest: int = 34) -> str:
+def _shorten(title: str, longest: int = 30) -> str:
     # matplotlib would take a dollar sign for the start of a formula.
     title = title if len(title) <= longest else title[: longest - 1].rstrip() + "…"
     return title.replace("$", r"\$")

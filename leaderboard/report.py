@@ -90,6 +90,7 @@ def _environment() -> Environment:
         "duration": duration,
         "arrow": lambda goal: "↑" if goal == "max" else "↓",
         "units": unit_count,
+        "breakable": _breakable,
         "md": _markdown_cell,
     }
     environment.globals |= {"verdict": verdict}
@@ -137,6 +138,11 @@ def verdict(comparison: Comparison, goal: str) -> str:
     if test is None or test.low <= 0 <= test.high:
         return "even"
     return "better" if (test.difference > 0) == (goal == "max") else "worse"
+
+
+def _breakable(name: str) -> Markup:
+    """A recipe's name that a narrow column may break after a slash or an underscore."""
+    return Markup(str(Markup.escape(name)).replace("/", "/<wbr>").replace("_", "_<wbr>"))
 
 
 def _markdown_cell(value: object) -> Markup:

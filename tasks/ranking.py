@@ -112,6 +112,16 @@ class RankingTask(BaseTask):
         scored = self._take()
         metrics = _overall(scored)
         metrics["session_auc"] = float(session_metrics(*scored[:3]).session_auc.nanmean())
+        if metrics[self.headline] != metrics[self.headline] and not self.trainer.sanity_checking:
+            raise UserError(
+                f"{self.monitor} is undefined: no validation "
+                + (
+                    "session has both a positive and a negative candidate; for data with one candidate a row set "
+                    "--model.monitor gauc --model.loss pointwise"
+                    if self.headline == "session_auc"
+                    else "user has both a positive and a negative candidate"
+                )
+            )
         for name in ("session_auc", "gauc", "logloss"):
             self.log(f"val/{name}", metrics[name], prog_bar=name == self.headline)
 

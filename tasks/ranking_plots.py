@@ -18,7 +18,9 @@ BINS = 8
 def draw(scored: "Scored", group_names: Sequence[str], folder: Path) -> list[Path]:
     """Draw what the test has data for; returns the files written."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [_auc_by_length(scored, folder / "auc_by_history.png")]
+    paths = []
+    if (scored.labels > 0).any() and scored.scores.shape[1] > 1:
+        paths.append(_auc_by_length(scored, folder / "auc_by_history.png"))
     if scored.gate.shape[1] > 1 and group_names:
         paths.append(_gate_by_category(scored, group_names, folder / "gate_by_category.png"))
     return paths
@@ -29,7 +31,7 @@ def _auc_by_length(scored: "Scored", path: Path) -> Path:
     auc = session_metrics(scored.scores, scored.labels, scored.mask).session_auc
     defined = ~auc.isnan()
     auc, length = auc[defined], scored.length[defined]
-    parts = [part for part in length.argsort(stable=True).tensor_split(min(BINS, len(length))) if len(part) > 1]
+    parts = [part for part in length.argsort(stable=True).tensor_split(max(min(BINS, len(length)), 1)) if len(part) > 1]
     middle = [float(length[part].double().median()) for part in parts]
     mean = [float(auc[part].mean()) for part in parts]
     error = [1.96 * float(auc[part].std()) / len(part) ** 0.5 for part in parts]

@@ -48,6 +48,7 @@ class AWMoE(ZooModel):
         embedding_dim: width of each field's embedding.
         embedding_std: standard deviation of the embeddings at the start (0.1 to 0.3 suits retail data).
         hidden: width of the projected behaviour, candidate and query.
+        attention_hidden: hidden width of the units that look at every behaviour row: most of the cost.
         num_experts: K; 1 is the control in which the gate can only rescale.
         expert_hidden: hidden widths of an expert.
         gate_hidden: width of the gate's own projections.
@@ -70,6 +71,7 @@ class AWMoE(ZooModel):
         embedding_dim: int = 16,
         embedding_std: float = 0.1,
         hidden: int = 32,
+        attention_hidden: int = 16,
         num_experts: int = 4,
         expert_hidden: Sequence[int] = (64, 32),
         gate_hidden: int = 32,
@@ -88,8 +90,9 @@ class AWMoE(ZooModel):
                 f"gate_context={gate_context} needs a query, and this data has none: set gate_context to target"
             )
         self.embeddings = FieldEmbeddings(schema, embedding_dim, embedding_std, sparse)
-        self.inputs = InputNetwork(self.embeddings.widths, len(schema["dense"]), hidden, attention_norm)
-        self.gate = GateNetwork(self.embeddings.widths, gate_hidden, num_experts, gate_context, gate_norm)
+        widths, dense = self.embeddings.widths, len(schema["dense"])
+        self.inputs = InputNetwork(widths, dense, hidden, attention_hidden, attention_norm)
+        self.gate = GateNetwork(widths, gate_hidden, attention_hidden, num_experts, gate_context, gate_norm)
         self.experts = MLPExperts(
             num_experts, self.inputs.out_features, list(expert_hidden), out=1, act="relu", dropout=dropout
         )
@@ -227,12 +230,14 @@ class PairUnit(nn.Module):
 class InputNetwork(nn.Module):
     """Pools the behaviour towards each candidate and joins it with candidate, query and dense features."""
 
-    def __init__(self, widths: Mapping[str, int], dense: int, hidden: int, norm: Norm = "none") -> None:
+    def __init__(
+        self, widths: Mapping[str, int], dense: int, hidden: int, attention_hidden: int = 16, norm: Norm = "none"
+    ) -> None:
         super().__init__()
         self.project_history = nn.Sequential(nn.Linear(widths["history_fields"], hidden), nn.ReLU())
         self.project_target = nn.Sequential(nn.Linear(widths["fields"], hidden), nn.ReLU())
         self.project_query = nn.Sequential(nn.Linear(widths["query"], hidden), nn.ReLU()) if widths["query"] else None
-        self.activation = PairUnit(hidden, hidden, 1)
+        self.activation = PairUnit(hidden, attention_hidden, 1)
         self.norm = norm
         self.out_features = (3 if widths["query"] else 2) * hidden + dense
 
@@ -280,7 +285,13 @@ class GateNetwork(nn.Module):
     """
 
     def __init__(
-        self, widths: Mapping[str, int], hidden: int, num_experts: int, context: Context, norm: str = "softmax"
+        self,
+        widths: Mapping[str, int],
+        hidden: int,
+        attention_hidden: int,
+        num_experts: int,
+        context: Context,
+        norm: Literal["none", "softmax"] = "softmax",
     ) -> None:
         super().__init__()
         self.context, self.norm = context, norm
@@ -288,8 +299,8 @@ class GateNetwork(nn.Module):
         self.project_history = nn.Sequential(nn.Linear(widths["history_fields"], hidden), nn.ReLU())
         self.project_context = nn.Sequential(nn.Linear(width[context], hidden), nn.ReLU())
         self.default = nn.Linear(hidden, num_experts)
-        self.unit = PairUnit(hidden, hidden, num_experts, difference=False)
-        self.activation = PairUnit(hidden, hidden, 1)
+        self.unit = PairUnit(hidden, attention_hidden, num_experts, difference=False)
+        self.activation = PairUnit(hidden, attention_hidden, 1)
 
     def forward(
         self,

@@ -99,15 +99,23 @@ def test_log_loss_agrees_with_scikit_learn():
 
 
 def test_a_large_table_agrees_with_a_widely_used_ctr_library():
-    """FuxiCTR's gAUC on the same predictions; its metric module alone is needed, and only where it is installed."""
+    """FuxiCTR's metrics on the same predictions; its metric module alone is needed, and only where it is installed."""
     fuxictr = pytest.importorskip("fuxictr.metrics", reason="pip install --no-deps fuxictr, to compare with it")
     rng = np.random.default_rng(0)
-    scores, labels, group = rng.random(6000), rng.integers(0, 2, 6000), rng.integers(0, 900, 6000)
-    theirs = fuxictr.evaluate_metrics(labels, scores, ["gAUC", "AUC", "logloss"], group_id=group)
-    ours = grouped_auc(torch.tensor(scores), torch.tensor(labels).double(), torch.tensor(group))
-    assert ours.weighted() == pytest.approx(theirs["gAUC"], abs=1e-6)
-    overall = grouped_auc(torch.tensor(scores), torch.tensor(labels).double(), torch.zeros(6000, dtype=torch.long))
-    assert overall.mean() == pytest.approx(theirs["AUC"], abs=1e-6)
-    assert log_loss(torch.logit(torch.tensor(scores)), torch.tensor(labels).double()) == pytest.approx(
-        theirs["logloss"], abs=1e-6
-    )
+    groups, width = 900, 7
+    scores, labels = rng.random((groups, width)), rng.integers(0, 2, (groups, width)).astype(float)
+    labels[:, 0], labels[:, 1] = 1, 0
+    group = np.repeat(np.arange(groups), width)
+    names = ["gAUC", "avgAUC", "AUC", "logloss", "NDCG(k=5)"]
+    theirs = fuxictr.evaluate_metrics(labels.ravel(), scores.ravel(), names, group_id=group)
+    flat = torch.tensor(scores.ravel()), torch.tensor(labels.ravel())
+    users, overall = grouped_auc(*flat, torch.tensor(group)), grouped_auc(*flat, torch.zeros(len(group)).long())
+    sessions = session_metrics(torch.tensor(scores), torch.tensor(labels), torch.ones(groups, width, dtype=torch.bool))
+    ours = {
+        "gAUC": users.weighted(),
+        "avgAUC": users.mean(),
+        "AUC": overall.mean(),
+        "logloss": log_loss(torch.logit(flat[0]), flat[1]),
+        "NDCG(k=5)": float(sessions.ndcg_at_5.mean()),
+    }
+    assert ours == pytest.approx({name: theirs[name] for name in ours}, abs=1e-6)

@@ -227,7 +227,7 @@ def test_a_query_gate_without_a_query_is_refused():
 
 
 def test_a_candidate_gate_needs_candidates():
-    gate = GateNetwork({"query": 4, "fields": 4, "history_fields": 4}, 8, 2, "target")
+    gate = GateNetwork({"query": 4, "fields": 4, "history_fields": 4}, 8, 8, 2, "target")
     with pytest.raises(ValueError, match="needs the candidates"):
         gate(torch.zeros(1, 3, 8), torch.ones(1, 3, dtype=torch.bool), torch.zeros(1, 4), None)
 

@@ -112,6 +112,7 @@ class TowerRanker(ZooModel):
         embedding_dim: int = 16,
         embedding_std: float = 0.1,
         hidden: int = 32,
+        attention_hidden: int = 16,
         tower_hidden: Sequence[int] = (64, 32),
         attention_norm: Norm = "none",
         dropout: float = 0.0,
@@ -120,7 +121,7 @@ class TowerRanker(ZooModel):
         super().__init__()
         self.embeddings = FieldEmbeddings(schema, embedding_dim, embedding_std, sparse)
         network = InputNetwork if pooling == "attention" else MeanInputNetwork
-        self.inputs = network(self.embeddings.widths, len(schema["dense"]), hidden, attention_norm)
+        self.inputs = network(self.embeddings.widths, len(schema["dense"]), hidden, attention_hidden, attention_norm)
         self.dropout = nn.Dropout(dropout)
         # A single expert is an MLP with the same start and the same arithmetic as one of AW-MoE's.
         self.tower = MLPExperts(1, self.inputs.out_features, list(tower_hidden), out=1, act="relu", dropout=dropout)
@@ -141,8 +142,10 @@ class TowerRanker(ZooModel):
 class MeanInputNetwork(InputNetwork):
     """The input network with a plain mean over the behaviour instead of the activation unit."""
 
-    def __init__(self, widths: Mapping[str, int], dense: int, hidden: int, norm: Norm = "none") -> None:
-        super().__init__(widths, dense, hidden, norm)
+    def __init__(
+        self, widths: Mapping[str, int], dense: int, hidden: int, attention_hidden: int = 16, norm: Norm = "none"
+    ) -> None:
+        super().__init__(widths, dense, hidden, attention_hidden, norm)
         del self.activation
 
     def weigh(
@@ -175,6 +178,7 @@ class SessionGatedMoE(ZooModel):
         embedding_dim: int = 16,
         embedding_std: float = 0.1,
         hidden: int = 32,
+        attention_hidden: int = 16,
         num_experts: int = 4,
         expert_hidden: Sequence[int] = (64, 32),
         top_k: int = 2,
@@ -191,7 +195,7 @@ class SessionGatedMoE(ZooModel):
             raise UserError(f"parent={parent}: items have no such field; there are {', '.join(schema['fields'])}")
         self.embeddings = FieldEmbeddings(schema, embedding_dim, embedding_std)
         widths = self.embeddings.widths
-        self.inputs = InputNetwork(widths, len(schema["dense"]), hidden, attention_norm)
+        self.inputs = InputNetwork(widths, len(schema["dense"]), hidden, attention_hidden, attention_norm)
         self.experts = MLPExperts(
             num_experts, self.inputs.out_features, list(expert_hidden), out=1, act="relu", dropout=dropout
         )
@@ -260,6 +264,7 @@ class MMoERanker(ZooModel):
         embedding_dim: int = 16,
         embedding_std: float = 0.1,
         hidden: int = 32,
+        attention_hidden: int = 16,
         num_experts: int = 4,
         expert_hidden: Sequence[int] = (64,),
         expert_out: int = 32,
@@ -268,7 +273,9 @@ class MMoERanker(ZooModel):
     ) -> None:
         super().__init__()
         self.embeddings = FieldEmbeddings(schema, embedding_dim, embedding_std)
-        self.inputs = InputNetwork(self.embeddings.widths, len(schema["dense"]), hidden, attention_norm)
+        self.inputs = InputNetwork(
+            self.embeddings.widths, len(schema["dense"]), hidden, attention_hidden, attention_norm
+        )
         dim = self.inputs.out_features
         experts = MLPExperts(num_experts, dim, list(expert_hidden), out=expert_out, act="relu", dropout=dropout)
         self.mixture = MoE(DenseRouter(dim, num_experts), experts)
