@@ -56,7 +56,7 @@ class RankingData(lightning.LightningDataModule):
         history_length: behaviour rows a model sees: the most recent ones.
         query_history: how many of them are instead the most recent ones with the session's query.
         negatives: drawn for each positive of a train session.
-        cross_attributes: item attributes that get cross features; default: all but the query's.
+        cross_attributes: item attributes that get cross features; default: those that tell items of a query apart.
         cross_features: leave out to rank from ids alone.
         batch_size: train sessions a step.
         eval_batch_size: sessions a step of validation, test and prediction.
@@ -123,10 +123,10 @@ class RankingData(lightning.LightningDataModule):
     def features(self) -> CrossFeatures | None:
         if not self.cross_features:
             return None
-        catalogue, query = self.catalogue, self.tables.query
+        catalogue = self.catalogue
         names = self.cross_attributes
         if names is None:
-            names = [name for name in catalogue.sizes if name != "item" and name not in query]
+            names = catalogue.telling_attributes()
         for name in names:
             if name not in catalogue.sizes:
                 known = ", ".join(catalogue.sizes)
@@ -284,6 +284,16 @@ class Catalogue:
         if asked:
             joint = np.ravel_multi_index(asked, [self.sizes[name] for name in tables.query])
             self.query_code = np.unique(joint, return_inverse=True)[1].astype(np.int64)
+
+    def telling_attributes(self) -> list[str]:
+        """Attributes that differ from the usual value of their query for at least one item in twenty."""
+        telling = []
+        for name, code in self.codes.items():
+            counts = pl.DataFrame({"query": self.query_code, "code": code}).group_by("query", "code").len()
+            usual = counts.group_by("query").agg(pl.col("len").max())["len"].sum()
+            if name != "item" and usual <= 0.95 * len(code):
+                telling.append(name)
+        return telling
 
 
 def _fields(items: pl.DataFrame) -> dict[str, pl.Series]:

@@ -33,7 +33,7 @@ def events(tmp_path_factory):
 def arguments(events, *more):
     return [
         "fit", "--config", "ranking/awmoe", "--data.source=long", f"--data.files.events={events}",
-        "--data.cross_attributes=[]", "--model.model.gate_context=target", "--data.batch_size=64",
+        "--data.batch_size=64",
         "--model.model.hidden=8", "--trainer.max_epochs=2", "--trainer.accelerator=cpu", *more,
     ]  # fmt: skip
 

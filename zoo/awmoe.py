@@ -52,7 +52,8 @@ class AWMoE(ZooModel):
         num_experts: K; 1 is the control in which the gate can only rescale.
         expert_hidden: hidden widths of an expert.
         gate_hidden: width of the gate's own projections.
-        gate_context: what the gate attends from: the query (one gate a request), the candidate, or both.
+        gate_context: what the gate attends from: the query (one gate a request), the candidate, or both; `auto` is
+            the query where the data has one.
         gate_norm: `softmax`, or `none` for the un-normalised sum.
         attention_norm: of the input network's activation unit.
         dropout: on the experts' input and hidden layers.
@@ -75,7 +76,7 @@ class AWMoE(ZooModel):
         num_experts: int = 4,
         expert_hidden: Sequence[int] = (64, 32),
         gate_hidden: int = 32,
-        gate_context: Context = "query",
+        gate_context: Literal["auto", "query", "target", "both"] = "auto",
         gate_norm: Literal["none", "softmax"] = "softmax",
         attention_norm: Norm = "none",
         dropout: float = 0.0,
@@ -85,6 +86,8 @@ class AWMoE(ZooModel):
         sparse: bool = False,
     ) -> None:
         super().__init__()
+        if gate_context == "auto":
+            gate_context = "query" if schema["query"] else "target"
         if gate_context != "target" and not schema["query"]:
             raise UserError(
                 f"gate_context={gate_context} needs a query, and this data has none: set gate_context to target"

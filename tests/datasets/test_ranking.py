@@ -214,6 +214,10 @@ def test_vocabularies_come_from_train_rows_alone(data):
     assert codes.tolist() == [2, 3, 1, 1] and size == 4
 
 
+def test_the_shipped_data_is_told_apart_by_brand_and_manufacturer():
+    assert RankingData().catalogue.telling_attributes() == ["brand", "manufacturer_id"]
+
+
 def test_the_schema_is_json(data):
     import json
 

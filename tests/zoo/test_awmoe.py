@@ -222,8 +222,9 @@ def test_two_processes_see_the_negatives_of_both():
 
 def test_a_query_gate_without_a_query_is_refused():
     with pytest.raises(UserError, match="gate_context to target"):
-        AWMoE(SCHEMA | {"query": []})
-    assert AWMoE(SCHEMA | {"query": []}, gate_context="target") is not None
+        AWMoE(SCHEMA | {"query": []}, gate_context="query")
+    assert AWMoE(SCHEMA | {"query": []}).gate.context == "target"
+    assert AWMoE(SCHEMA).gate.context == "query"
 
 
 def test_a_candidate_gate_needs_candidates():
