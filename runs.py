@@ -17,6 +17,7 @@ from typing import Any
 import polars as pl
 import pytorch_lightning as lightning
 import torch
+import yaml
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger
@@ -134,7 +135,7 @@ def fit(request: Request) -> int:
     cli = RecipeCLI(request)
     task, data = cli.model, cli.datamodule
     run_dir = request.run_dir or Path("runs") / cli.name / f"s{cli.seed}"
-    last = _prepare(run_dir, request)
+    last = _prepare(run_dir, request, cli.config_text())
     if (run_dir / "result.json").exists():
         console.print(f"{run_dir} is finished already")
         return 0
@@ -247,11 +248,12 @@ def check_fits(trained: Any, model: ZooModel, name: str) -> None:
             raise UserError(f"--weights: trained with {key}={theirs}, but the recipe says {key}={value}")
 
 
-def _prepare(run_dir: Path, request: Request) -> str | None:
+def _prepare(run_dir: Path, request: Request, config: str) -> str | None:
     """Check that the run folder is free, or to be resumed or replaced; the checkpoint to resume from."""
     if not run_dir.exists() or not any(run_dir.iterdir()):
         return None
     if request.resume:
+        _check_same_run(run_dir / "config.yaml", config)
         last = run_dir / "checkpoints" / "last.ckpt"
         return str(last) if last.exists() else None
     if not request.overwrite:
@@ -260,6 +262,19 @@ def _prepare(run_dir: Path, request: Request) -> str | None:
         raise UserError(f"--overwrite {run_dir}: this is not a run folder (no config.yaml), so it is left alone")
     shutil.rmtree(run_dir)
     return None
+
+
+def _check_same_run(file: Path, config: str) -> None:
+    """A resumed run may train longer or elsewhere, but not another model or on other data."""
+    if not file.exists():
+        return
+    before, now = yaml.safe_load(file.read_text()), yaml.safe_load(config)
+    for key in ("seed_everything", "model", "data"):
+        if before.get(key) != now[key]:
+            raise UserError(
+                f"--resume {file.parent}: the run was started with another '{key}' (see {file}); "
+                "give the same settings, or another --run_dir"
+            )
 
 
 def _csv_logger(run_dir: Path) -> CSVLogger:

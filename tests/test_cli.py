@@ -101,7 +101,10 @@ def test_a_folder_with_a_run_is_not_touched_unasked(finished, events, capsys):
     before = (finished / "result.json").read_bytes()
     assert cli.main(arguments(events, "--run_dir", str(finished))) == 2
     assert "--resume, --overwrite or another --run_dir" in one_line(capsys)
-    assert cli.main(arguments(events, "--run_dir", str(finished), "--resume")) == 0  # finished: nothing to do
+    again = arguments(events, "--run_dir", str(finished), "--seed", "3", "--resume")
+    assert cli.main([*again, "--model.model.num_experts=8"]) == 2
+    assert "started with another 'model'" in one_line(capsys)
+    assert cli.main(again) == 0  # finished: nothing to do
     assert (finished / "result.json").read_bytes() == before
 
 

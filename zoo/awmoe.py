@@ -205,8 +205,8 @@ def _rows(table: nn.Embedding, ids: Int[Tensor, "*rows fields"]) -> Float[Tensor
 class PairUnit(nn.Module):
     """An MLP on [a ; b ; a*b ; a-b] for every behaviour row a and context b (DIN's activation unit, its eq. 3).
 
-    The first layer is linear, so its four blocks are applied before a and b are paired: nothing of size
-    rows x contexts x 4 dim is ever made. Without `difference` the last block is left out.
+    The first layer is linear, so its blocks are folded into one matrix per context before a and b are paired:
+    nothing of size rows x contexts x 4 dim is ever made. Without `difference` the last block is left out.
     """
 
     def __init__(self, dim: int, hidden: int, out: int, difference: bool = True) -> None:
@@ -221,13 +221,13 @@ class PairUnit(nn.Module):
         w_rows, w_context, w_product, *w_rest = self.first.weight.split(rows.shape[-1], 1)
         if self.difference:
             w_rows, w_context = w_rows + w_rest[0], w_context - w_rest[0]
-        scaled = context.unsqueeze(-2) * w_product  # [batch, contexts, hidden, dim]
-        batch, contexts, hidden, dim = scaled.shape
-        product = scaled.reshape(batch, contexts * hidden, dim) @ rows.mT
-        product = product.view(batch, contexts, hidden, -1).transpose(-1, -2)
-        alone = F.linear(rows, w_rows).unsqueeze(1) + F.linear(context, w_context, self.first.bias).unsqueeze(2)
-        out: Tensor = self.last(F.relu(product + alone))
-        return out
+        batch, contexts, _ = context.shape
+        # Everything that meets a row is one matrix per context: W_a + W_ab diag(b).
+        matrix = torch.addcmul(w_rows, context.unsqueeze(-2), w_product).flatten(1, 2)
+        offset = F.linear(context, w_context, self.first.bias).flatten(1).unsqueeze(-1)
+        hidden = torch.baddbmm(offset, matrix, rows.mT).relu_().view(batch, contexts, len(w_rows), -1)
+        out = self.last.weight @ hidden + self.last.bias.unsqueeze(-1)
+        return out.transpose(-1, -2)
 
 
 class InputNetwork(nn.Module):
