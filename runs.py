@@ -18,9 +18,10 @@ import polars as pl
 import pytorch_lightning as lightning
 import torch
 import yaml
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar, Timer, TQDMProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -119,7 +120,9 @@ class RecipeCLI(LightningCLI):
         arguments["logger"] = _csv_logger(run_dir) if run_dir else False
         if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
             arguments["enable_checkpointing"] = False
-        arguments |= {"enable_model_summary": False, "default_root_dir": str(run_dir or Path.cwd())}
+        # Our loaders share out their batches themselves; Lightning's sampler would take them apart.
+        arguments |= {"use_distributed_sampler": False, "enable_model_summary": False}
+        arguments |= {"default_root_dir": str(run_dir or Path.cwd())}
         return lightning.Trainer(**arguments, callbacks=[*own, *callbacks])
 
     def config_text(self) -> str:
@@ -140,41 +143,55 @@ def fit(request: Request) -> int:
         console.print(f"{run_dir} is finished already")
         return 0
     data.setup("fit")
-    monitor = RoutingMonitor()
-    checkpoint = ModelCheckpoint(
-        run_dir / "checkpoints",
-        "best",
-        monitor=task.monitor,
-        mode=task.mode,
-        save_last=True,
-        enable_version_counter=False,
-    )
-    closed_form = callable(getattr(task.model, "fit", None))
-    trainer = cli.make_trainer(run_dir, [monitor] if closed_form else [monitor, checkpoint])
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(cli.config_text())
+    monitor, timer = RoutingMonitor(), Timer()
+    trainer = cli.make_trainer(run_dir, [monitor, timer, *_checkpoints(run_dir, task)])
+    if trainer.is_global_zero:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(cli.config_text())
     started = time.perf_counter()
-    if closed_form:
+    if _closed_form(task):
         task.model.fit(data.train_dataloader())
     else:
-        try:
-            trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
-        except UserError:
-            if not checkpoint.best_model_path:  # nothing was learned yet: leave no folder behind
-                shutil.rmtree(run_dir)
-            raise
+        _train(trainer, cli, run_dir, last)
         if trainer.interrupted:
             console.print(f"interrupted: go on with `moezoo fit --config {request.config} --resume`")
             return 130
-    seconds = _elapsed(run_dir, time.perf_counter() - started)
-    trainer.test(task, datamodule=data, ckpt_path=checkpoint.best_model_path or None, verbose=False, weights_only=True)
-    result = build_result(cli, request, seconds)
-    pictures = [*task.draw(run_dir / "pictures"), *monitor.draw(run_dir / "pictures")]
-    save_weights(task.model, run_dir / "weights", result)
-    assert task.result is not None
-    result.save(run_dir, task.result.units)
-    _summary(console, result, task, run_dir, pictures)
+    seconds = time.perf_counter() - started if _closed_form(task) else timer.time_elapsed("train")
+    best = getattr(trainer.checkpoint_callback, "best_model_path", None) or None
+    trainer.test(task, datamodule=data, ckpt_path=best, verbose=False, weights_only=True)
+    if trainer.is_global_zero:
+        pictures = [*task.draw(run_dir / "pictures"), *monitor.draw(run_dir / "pictures")]
+        result = build_result(cli, request, seconds)
+        save_weights(task.model, run_dir / "weights", result)
+        result.save(run_dir, task.result.units)
+        _summary(console, result, task, run_dir, pictures)
     return 0
+
+
+def _closed_form(task: BaseTask) -> bool:
+    """Whether the model fits itself, as rules and closed-form rivals do."""
+    return callable(getattr(task.model, "fit", None))
+
+
+def _checkpoints(run_dir: Path, task: BaseTask) -> list[Callback]:
+    """Keeps the best epoch on validation and the last one; nothing for what has no epochs."""
+    if _closed_form(task):
+        return []
+    folder = run_dir / "checkpoints"
+    return [
+        ModelCheckpoint(
+            folder, "best", monitor=task.monitor, mode=task.mode, save_last=True, enable_version_counter=False
+        )
+    ]
+
+
+def _train(trainer: lightning.Trainer, cli: RecipeCLI, run_dir: Path, last: str | None) -> None:
+    try:
+        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last, weights_only=True)
+    except UserError:
+        if trainer.is_global_zero and not (run_dir / "checkpoints").exists():
+            shutil.rmtree(run_dir)  # nothing was learned yet: leave no folder behind
+        raise
 
 
 def validate(request: Request) -> int:
@@ -212,7 +229,7 @@ def _evaluation(request: Request) -> tuple[RecipeCLI, lightning.Trainer]:
     """The recipe with trained weights in place, and a Trainer that leaves nothing behind."""
     cli = RecipeCLI(request)
     model = cli.model.model
-    if callable(getattr(model, "fit", None)) and request.weights is None:
+    if _closed_form(cli.model) and request.weights is None:
         cli.datamodule.setup("fit")
         model.fit(cli.datamodule.train_dataloader())
     elif request.weights != "none":
@@ -250,11 +267,13 @@ def check_fits(trained: Any, model: ZooModel, name: str) -> None:
 
 def _prepare(run_dir: Path, request: Request, config: str) -> str | None:
     """Check that the run folder is free, or to be resumed or replaced; the checkpoint to resume from."""
+    last = run_dir / "checkpoints" / "last.ckpt"
+    if getattr(rank_zero_only, "rank", 0) != 0:  # a further process of a run that rank 0 has prepared
+        return str(last) if request.resume and last.exists() else None
     if not run_dir.exists() or not any(run_dir.iterdir()):
         return None
     if request.resume:
         _check_same_run(run_dir / "config.yaml", config)
-        last = run_dir / "checkpoints" / "last.ckpt"
         return str(last) if last.exists() else None
     if not request.overwrite:
         raise UserError(f"{run_dir} holds a run already: add --resume, --overwrite or another --run_dir")
@@ -288,13 +307,6 @@ def _csv_logger(run_dir: Path) -> CSVLogger:
         aside.replace(file)
         writer.metrics_keys = file.read_text().partition("\n")[0].strip().split(",")
     return logger
-
-
-def _elapsed(run_dir: Path, seconds: float) -> float:
-    """Training seconds of this and earlier, interrupted parts of the run."""
-    file = run_dir / "checkpoints" / "seconds"
-    before = float(file.read_text()) if file.exists() else 0.0
-    return before + seconds
 
 
 def build_result(cli: RecipeCLI, request: Request, seconds: float) -> Result:

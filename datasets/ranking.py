@@ -5,8 +5,9 @@ Where a source brings no train sessions, they are drawn from the behaviour itsel
 a (basket, query) against up to nine others of the same query in proportion to their train purchases.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from inspect import signature
 from typing import Any, Literal, NamedTuple
@@ -18,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import UserError
 from .ranking_features import CrossFeatures, Ints, OccurrenceIndex, encode, standardiser
@@ -181,9 +182,9 @@ class RankingData(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Sessions in random order; drawn ones get new negatives each time."""
-        sessions = self.train_sessions
-        sampler = RandomSampler(sessions, num_samples=self.epoch_sessions)
-        return self._loader(sessions, BatchSampler(sampler, self.batch_size, drop_last=True))
+        count = len(self.train_sessions)
+        wanted = min(self.epoch_sessions or count, count)
+        return self._loader(self.train_sessions, SessionBatches(count, self.batch_size, wanted, shuffle=True))
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._eval_loader("valid")
@@ -201,9 +202,9 @@ class RankingData(lightning.LightningDataModule):
 
     def _eval_loader(self, split: str) -> DataLoader[Any]:
         sessions = ListedSessions(self, split)
-        return self._loader(sessions, BatchSampler(SequentialSampler(sessions), self.eval_batch_size, False))
+        return self._loader(sessions, SessionBatches(len(sessions), self.eval_batch_size))
 
-    def _loader(self, sessions: "Sessions", batches: BatchSampler) -> DataLoader[Any]:
+    def _loader(self, sessions: "Sessions", batches: "SessionBatches") -> DataLoader[Any]:
         # A batch is built at once from its indices: `sampler` yields whole batches and nothing is collated.
         return DataLoader(
             sessions, sampler=batches, batch_size=None, num_workers=self.num_workers,
@@ -263,6 +264,50 @@ def read_source(source: str, files: Mapping[str, Any]) -> RankingTables:
     if missing:
         raise UserError(f"data.files.{missing[0]}: source '{source}' needs it, e.g. --data.files.{missing[0]} PATH")
     return reader(**files)
+
+
+class SessionBatches(Sampler[list[int]]):
+    """Lists of session indices, each process of a distributed run its share.
+
+    The order of an epoch follows from torch's seed and the epoch alone, so a resumed run sees what an uninterrupted
+    one would have seen.
+    """
+
+    def __init__(self, count: int, batch_size: int, wanted: int | None = None, shuffle: bool = False) -> None:
+        self.count, self.batch_size, self.shuffle = count, batch_size, shuffle
+        self.wanted = count if wanted is None else wanted
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning at the start of each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.arange(self.count)
+        if self.shuffle:
+            order = torch.randperm(
+                self.count, generator=torch.Generator().manual_seed(torch.initial_seed() + self.epoch)
+            )
+        rank, world = _place()
+        # Modulo: processes get equal shares, if need be by repeating a session (tests drop the repeats).
+        own = order[(torch.arange(self._share()) * world + rank) % self.wanted].tolist()
+        for i in range(len(self)):
+            yield own[i * self.batch_size : (i + 1) * self.batch_size]
+
+    def __len__(self) -> int:
+        if self.shuffle:  # a ragged last batch would only add noise
+            return max(self._share() // self.batch_size, 1)
+        return math.ceil(self._share() / self.batch_size)
+
+    def _share(self) -> int:
+        return math.ceil(self.wanted / _place()[1])
+
+
+def _place() -> tuple[int, int]:
+    """This process's rank and how many there are."""
+    import torch.distributed as dist
+
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 class Catalogue:
