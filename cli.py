@@ -104,23 +104,13 @@ def _run(verb: str, words: list[str]) -> int:
     known, overrides = parser.parse_known_args(words)
     from . import recipes
 
+    changes = recipes.join_values(overrides)
     recipes.read(known.config)  # a misspelt name is told at once, before torch is imported
     from . import runs
 
     runs.quiet()
-    request = runs.Request(**vars(known), overrides=_join(overrides))
+    request = runs.Request(**vars(known), overrides=changes)
     return int(getattr(runs, verb)(request))
-
-
-def _join(words: Sequence[str]) -> list[str]:
-    """`--a.b 1` and `--a.b=1` alike as `--a.b=1`, so that equal changes have equal fingerprints."""
-    joined: list[str] = []
-    for word in words:
-        if word.startswith("--") or not joined or "=" in joined[-1]:
-            joined.append(word)
-        else:
-            joined[-1] += f"={word}"
-    return joined
 
 
 def _list(words: list[str]) -> int:

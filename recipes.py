@@ -130,6 +130,23 @@ def recipe_hash(name_or_path: str | Path, overrides: Sequence[str] = ()) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def join_values(words: Sequence[str]) -> list[str]:
+    """Write `--key value` as `--key=value`, the one form in which changes enter the recipe hash.
+
+    Raises:
+        UserError: a word that belongs to no key.
+    """
+    joined: list[str] = []
+    for word in words:
+        if word.startswith("--"):
+            joined.append(word)
+        elif joined and "=" not in joined[-1]:
+            joined[-1] += f"={word}"
+        else:
+            raise UserError(f"{word!r}: expected changes as --key value or --key=value, e.g. --trainer.max_epochs 3")
+    return joined
+
+
 def import_class(class_path: str) -> Any:
     """The class behind a dotted path of this package, e.g. `moezoo.zoo.awmoe.AWMoE`."""
     module, _, name = class_path.rpartition(".")

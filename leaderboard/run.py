@@ -88,7 +88,7 @@ def run(
     """
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: expected 1 or more")
-    extra = join_values(extra)
+    extra = recipe_files.join_values(extra)
     cells = plan(recipes, seeds, runs, extra)
     _protect_results(cells, results, extra)
     with _sigterm_interrupts(), open_progress(len(cells), jobs) as progress:
@@ -111,19 +111,6 @@ def plan(recipes: Sequence[str], seeds: Sequence[int], runs: Path, extra: Sequen
         chosen = dict.fromkeys(seeds[:1] if is_rule else seeds)
         cells += [Cell(config, name, seed, recipe_hash, runs / name / f"s{seed}") for seed in chosen]
     return cells
-
-
-def join_values(extra: Sequence[str]) -> list[str]:
-    """Write `--key value` as `--key=value`, the one form in which overrides enter the recipe hash."""
-    joined: list[str] = []
-    for word in extra:
-        if word.startswith("--"):
-            joined.append(word)
-        elif joined and "=" not in joined[-1]:
-            joined[-1] += f"={word}"
-        else:
-            raise UserError(f"{word!r}: expected --key value or --key=value after '--'")
-    return joined
 
 
 @dataclass

@@ -64,7 +64,7 @@ class LinearScorer(ZooModel):
         self.register_buffer("weight", torch.zeros(len(schema["dense"])))
 
     def fit(self, loader: Iterable[Any]) -> None:
-        """Maximise the likelihood of the positives among their candidates; convex, so the start does not matter."""
+        """Maximise the likelihood of the positives among their candidates; convex, started at zero."""
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
         for batch in loader:
             seen.append((batch.dense, batch.labels, batch.candidate_mask))
@@ -75,7 +75,7 @@ class LinearScorer(ZooModel):
             torch.cat([torch.cat([v, v.new_zeros(len(v), width - v.shape[1], *v.shape[2:])], 1) for v in values])
             for values in zip(*seen, strict=True)
         )
-        weight = self.weight.double().clone().requires_grad_()
+        weight = torch.zeros_like(self.weight, dtype=torch.double).requires_grad_()
         optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
         dense, positive = dense.double(), labels * mask
 
