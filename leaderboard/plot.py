@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -21,6 +22,7 @@ _PLACEHOLDERS = {
     "ink": "#0a0006",
     "line": "#0a0007",
 }
+_OFF_SCALE = ("←", "→")
 _INCHES_PER_ROW = 0.28
 
 
@@ -32,11 +34,16 @@ def interval_plot(table: Table) -> str:
         figure = Figure(figsize=(6.8, 0.75 + _INCHES_PER_ROW * len(rows)), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
+        left, right = _limits(rows, table.headline.name)
         for position, row in enumerate(rows):
-            _draw_row(axes, position, row, table.headline.name)
+            mean = row.metrics[table.headline.name].mean
+            if left <= mean <= right:
+                _draw_row(axes, position, row, table.headline.name)
+            else:
+                _point_off_scale(axes, position, row, mean, to_left=mean < left)
         axes.set_yticks(range(len(rows)), [_shorten(row.recipe.title) for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.margins(x=0.04)
+        axes.set_xlim(left, right)
         better = "higher" if table.headline.goal == "max" else "lower"
         unit = f" ({table.headline.unit})" if table.headline.unit else ""
         axes.set_xlabel(f"{table.headline.name}{unit}, {better} is better")
@@ -54,6 +61,36 @@ def _draw_row(axes: mpl.axes.Axes, position: int, row: Row, metric: str) -> None
         axes.plot(seeds, [position] * len(seeds), "|", color=colour, ms=9, mew=1.1)
     face = "none" if row.stale else colour
     axes.plot([value.mean], [position], "o", color=colour, ms=7.5, markerfacecolor=face, mew=1.6)
+
+
+def _point_off_scale(axes: mpl.axes.Axes, position: int, row: Row, mean: float, to_left: bool) -> None:
+    axes.text(
+        0.01 if to_left else 0.99,
+        position,
+        f"{_OFF_SCALE[0]} {mean:.4g}" if to_left else f"{mean:.4g} {_OFF_SCALE[1]}",
+        color=_PLACEHOLDERS[row.recipe.kind],
+        ha="left" if to_left else "right",
+        va="center_baseline",
+        transform=axes.get_yaxis_transform(),
+    )
+
+
+def _limits(rows: Sequence[Row], metric: str) -> tuple[float, float]:
+    """Ends of the axis: a rule far from all that is learned would press the rest into one dot."""
+    everything, learned = [_extent([row], metric) for row in rows], [r for r in rows if r.recipe.kind != "rule"]
+    low, high = _extent(learned or rows, metric)
+    reach = high - low
+    if len(learned) > 1 and reach > 0:
+        everything = [(a, b) for a, b in everything if a >= low - reach and b <= high + reach]
+    left, right = min(a for a, _ in everything), max(b for _, b in everything)
+    margin = 0.05 * (right - left) or 0.05 * max(abs(left), 1e-3)
+    return left - margin, right + margin
+
+
+def _extent(rows: Sequence[Row], metric: str) -> tuple[float, float]:
+    values = [cell.metrics[metric] for row in rows for cell in row.cells if metric in cell.metrics]
+    ends = [end for row in rows for end in (row.metrics[metric].low, row.metrics[metric].high) if end is not None]
+    return min(values + ends), max(values + ends)
 
 
 def _style(axes: mpl.axes.Axes) -> None:

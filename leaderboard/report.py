@@ -90,6 +90,7 @@ def _environment() -> Environment:
         "duration": duration,
         "arrow": lambda goal: "↑" if goal == "max" else "↓",
         "units": unit_count,
+        "as_published": as_published,
         "breakable": _breakable,
         "md": _markdown_cell,
     }
@@ -125,6 +126,13 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.2g} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def as_published(value: float, table: PublishedTable, metric: str) -> str:
+    """A published number with as many decimals as its column has, as YAML drops closing zeros."""
+    numbers = [row.values[metric] for row in table.rows if row.values[metric] is not None]
+    decimals = max(len(repr(number).partition(".")[2]) for number in numbers)
+    return f"{value:.{decimals}f}"
 
 
 def unit_count(n: tuple[int, int]) -> str:

@@ -1,6 +1,8 @@
 """The page: what stands on it follows from the result files, and published numbers stand apart."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import polars as pl
@@ -11,6 +13,9 @@ from moezoo.leaderboard.board import build_tables
 from moezoo.leaderboard.commands import main
 from moezoo.leaderboard.published import load_published, read_published
 from moezoo.leaderboard.report import write_report
+from moezoo.leaderboard.results import MetricInfo
+
+INFO = {"session_auc": MetricInfo("max", "", 300)}
 
 
 @pytest.fixture
@@ -107,3 +112,97 @@ def test_the_command_line_names_its_mistakes(capsys):
     assert "ranking/awmoe" in capsys.readouterr().err
     assert main(["run", "ranking/awmoe", "--seeds", "4-1"]) == 2
     assert "--seeds" in capsys.readouterr().err
+
+
+def test_a_mean_mixes_no_two_versions_of_a_recipe(store, make_result, units):
+    old = make_result(recipe="ranking/din", seed=7, recipe_hash="old", metrics={"session_auc": 0.9}, metric_info=INFO)
+    old.save_in_store(store, units)
+    row = next(row for row in build_tables(store)[0].rows if row.recipe.name == "ranking/din")
+    assert row.seeds == [0, 1, 2] and row.left_out == 1 and not row.stale
+    assert "1 stale cell left out" in write(store)
+
+
+def test_the_twin_differs_from_its_moe_by_what_the_moe_differs_from_it(store):
+    moe, twin, din = build_tables(store)[0].rows
+    (forth,), (back,) = (row.against_twins for row in (moe, twin))
+    assert forth.other.name == "ranking/twin" and back.other.name == "ranking/awmoe" and not din.against_twins
+    assert forth.test.difference == -back.test.difference and forth.test.n == 300
+    assert (forth.test.low, forth.test.high) == pytest.approx((-back.test.high, -back.test.low))
+    assert twin.against_best is None and moe.against_best.other.name == "ranking/twin"
+
+
+def test_a_score_that_a_seed_lacks_leaves_the_other_seeds_score(store, make_result):
+    """Units are joined by their number, whatever the order of the rows, and null is no zero."""
+    for name, scores in (
+        ("awmoe", [[0.4, None, 0.9], [0.6, None, 0.7]]),
+        ("twin", [[0.1, 0.5, None], [0.3, 0.5, 0.2]]),
+    ):
+        for seed, column in enumerate(scores):
+            result = make_result(recipe=f"ranking/{name}", seed=seed, dataset="tiny", metrics={"session_auc": 0.5},
+                                 metric_info=INFO, recipe_hash=recipes.recipe_hash(f"ranking/{name}"))  # fmt: skip
+            table = pl.DataFrame({"unit": [10, 20, 30], "session_auc": column})
+            result.save_in_store(store, table.sample(fraction=1, shuffle=True, seed=seed))
+    tiny = next(table for table in build_tables(store) if table.dataset == "tiny")
+    moe = next(row for row in tiny.rows if row.recipe.name == "ranking/awmoe")
+    (comparison,) = moe.against_twins
+    assert comparison.test.n == 2  # unit 20 has no score in either seed of the MoE
+    assert comparison.test.difference == pytest.approx(((0.5 - 0.2) + (0.8 - 0.2)) / 2)
+
+
+def test_other_data_is_another_table(store, make_result, units):
+    make_result(dataset_fingerprint="changed").save_in_store(store, units)
+    assert len(build_tables(store)) == 2
+
+
+def test_where_less_is_better_the_least_comes_first(make_result, write_recipe, units, tmp_path):
+    for name, ade in (("a", 1.5), ("b", 0.7), ("c", 0.9)):
+        write_recipe(f"trajectories/{name}")
+        result = make_result(
+            recipe=f"trajectories/{name}", metrics={"ade": ade}, metric_info={"ade": MetricInfo("min", "m", 9)}
+        )
+        result.save_in_store(tmp_path / "store", units)
+    (table,) = build_tables(tmp_path / "store")
+    assert [row.recipe.name[-1] for row in table.rows] == ["b", "c", "a"]
+    assert "lower is better" in write(tmp_path / "store")
+
+
+def test_metrics_of_two_meanings_are_refused(store, make_result, units):
+    wrong = make_result(
+        seed=9,
+        metrics={"session_auc": 0.5},
+        metric_info={"session_auc": MetricInfo("min", "", 3)},
+        recipe_hash=recipes.recipe_hash("ranking/awmoe"),
+    )
+    wrong.save_in_store(store, units)
+    with pytest.raises(UserError, match="session_auc"):
+        build_tables(store)
+
+
+def test_the_same_results_give_the_same_bytes_and_ids_are_unique(store):
+    html = write(store)
+    assert write(store) == html
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]+)"', html)) <= set(ids)
+
+
+def test_a_rule_far_off_is_an_arrow_and_does_not_stretch_the_axis(store, make_result, write_recipe, units):
+    assert "←" not in write(store)
+    write_recipe("ranking/random", kind="rule")
+    result = make_result(recipe="ranking/random", metrics={"session_auc": 0.0123}, metric_info=INFO)
+    result.save_in_store(store, units)
+    assert "← 0.0123" in write(store)
+
+
+def test_published_numbers_keep_their_closing_zeros(store):
+    html = write(store)
+    assert ">0.879690<" in html and ">0.881160<" in html
+
+
+def test_the_report_needs_no_torch(store, tmp_path):
+    code = (
+        "import sys; from moezoo.leaderboard.commands import main; "
+        f"assert main(['report', '--results', {str(store)!r}, '--output', {str(tmp_path / 'page')!r}]) == 0; "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

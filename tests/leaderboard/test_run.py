@@ -156,3 +156,32 @@ def test_mistakes_are_told_before_anything_runs(recipes, tmp_path):
     with pytest.raises(UserError, match="--key"):
         join_values(["loose"])
     assert join_values(["--a", "1", "--b=2"]) == ["--a=1", "--b=2"]
+
+
+def test_killed_with_its_cell_it_repeats_that_cell_only(recipes, tmp_path):
+    journal, arguments = tmp_path / "journal", ([recipes["a"]], [0, 1, 2])
+    process = start(*arguments, journal, tmp_path)
+    wait_for(lambda: sum(finished(journal).values()) >= 1)
+    process.kill()
+    process.wait()
+    running = [line.split() for line in journal.read_text().splitlines() if line.startswith("begin")][-1]
+    os.kill(int(running[2]), signal.SIGKILL)
+    # What a kill in the middle of a write leaves behind.
+    leftover = tmp_path / "store" / "ranking" / "a" / f".made_up-test-s{running[1][-1]}.json.xyz.tmp"
+    leftover.parent.mkdir(parents=True, exist_ok=True)
+    leftover.write_text('{"recipe": "rank')
+    again = start(*arguments, journal, tmp_path)
+    assert again.wait(60) == 0, again.stderr.read()
+    assert finished(journal) == {f"ranking/a:{seed}": 1 for seed in range(3)}
+    assert [result.seed for result in load_results(tmp_path / "store")] == [0, 1, 2]
+
+
+def test_a_result_that_was_not_yet_stored_is_collected_without_a_run(recipes, tmp_path):
+    journal, store = tmp_path / "journal", tmp_path / "store"
+    arguments = ([recipes["a"]], [0], 1, store, tmp_path / "runs")
+    run(*arguments, command=cell(journal))
+    (stored,) = store.rglob("*.json")
+    before = stored.read_text()
+    stored.unlink()  # as if killed between the two files of the result
+    assert run(*arguments, command=cell(journal)) == []
+    assert stored.read_text() == before and finished(journal) == {"ranking/a:0": 1}
