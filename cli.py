@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"moezoo: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("moezoo: interrupted", file=sys.stderr)
+        print("moezoo: interrupted; `--resume` goes on with a run", file=sys.stderr)
         return 130
 
 

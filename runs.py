@@ -153,9 +153,6 @@ def fit(request: Request) -> int:
         task.model.fit(data.train_dataloader())
     else:
         _train(trainer, cli, run_dir, last)
-        if trainer.interrupted:
-            console.print(f"interrupted: go on with `moezoo fit --config {request.config} --resume`")
-            return 130
     seconds = time.perf_counter() - started if _closed_form(task) else timer.time_elapsed("train")
     best = getattr(trainer.checkpoint_callback, "best_model_path", None) or None
     trainer.test(task, datamodule=data, ckpt_path=best, verbose=False, weights_only=True)
@@ -191,6 +188,10 @@ def _train(trainer: lightning.Trainer, cli: RecipeCLI, run_dir: Path, last: str 
     except UserError:
         if trainer.is_global_zero and not (run_dir / "checkpoints").exists():
             shutil.rmtree(run_dir)  # nothing was learned yet: leave no folder behind
+        raise
+    except SystemExit:  # Lightning's way out of Ctrl-C
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
         raise
 
 
@@ -334,8 +335,11 @@ def flops_per_sample(task: BaseTask, data: lightning.LightningDataModule) -> flo
     """Floating-point operations of one forward for one sample, counted by torch on a test batch."""
     batch = next(iter(data.test_dataloader()))
     batch = data.transfer_batch_to_device(batch, task.device, 0)
+    training = task.training
+    task.eval()  # what serving costs: no second view, no regulariser
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         task(batch)
+    task.train(training)
     return float(counter.get_total_flops()) / len(batch[0])
 
 
@@ -376,6 +380,8 @@ def quiet() -> None:
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*functional.all_gather is deprecated.*")
+    warnings.filterwarnings("ignore", ".*Grad strides do not match bucket view strides.*")
     warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")

@@ -123,7 +123,7 @@ class RankingTask(BaseTask):
                 )
             )
         for name in ("session_auc", "gauc", "logloss"):
-            self.log(f"val/{name}", metrics[name], prog_bar=name == self.headline)
+            self.log(f"val/{name}", metrics[name], prog_bar=name == self.headline, sync_dist=True)
 
     def on_test_start(self) -> None:
         data: Any = getattr(self.trainer, "datamodule", None)
@@ -136,7 +136,7 @@ class RankingTask(BaseTask):
     def on_test_epoch_end(self) -> None:
         self.tested = self._take()
         self.result = evaluate(self.tested, self.schema["slices"], logloss=self.probabilistic)
-        self.log_dict({f"test/{name}": value for name, value in self.result.metrics.items()})
+        self.log_dict({f"test/{name}": value for name, value in self.result.metrics.items()}, sync_dist=True)
 
     def logits(self, output: Any, mask: Bool[Tensor, "batch cands"]) -> Float[Tensor, "batch cands"]:
         """Scores as log-odds in float64, so that they compare across sessions; their order within one stays."""

@@ -184,6 +184,22 @@ def test_a_killed_run_resumes_where_it_stopped(events, tmp_path):
     assert sorted(epochs) == list(range(6)), "an epoch was lost or done twice"
 
 
+def test_ctrl_c_is_one_line_and_exit_code_130(events, tmp_path):
+    command = [sys.executable, "-m", "moezoo.cli", *arguments(events, "--run_dir", str(tmp_path / "run"))]
+    process = subprocess.Popen(
+        [*command, "--trainer.max_epochs=1000"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    deadline = time.monotonic() + 90
+    while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "moezoo: interrupted" in error and "Traceback" not in error
+
+
 def test_help_and_version_answer(capsys):
     assert cli.main([]) == 0 and cli.main(["--version"]) == 0
     assert "moezoo fit --config ranking/awmoe" in capsys.readouterr().out

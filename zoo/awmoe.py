@@ -345,7 +345,9 @@ def gate_contrastive_loss(
         from torch.distributed.nn.functional import all_gather
 
         views = torch.cat(all_gather(views))
-        users = torch.cat(all_gather(user))
+        gathered = [torch.empty_like(user) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(gathered, user)
+        users = torch.cat(gathered)
         first = torch.distributed.get_rank() * len(user)
     logits = anchor @ views.T / temperature
     own = torch.arange(len(user), device=user.device) + first

@@ -185,3 +185,15 @@ def test_a_result_that_was_not_yet_stored_is_collected_without_a_run(recipes, tm
     stored.unlink()  # as if killed between the two files of the result
     assert run(*arguments, command=cell(journal)) == []
     assert stored.read_text() == before and finished(journal) == {"ranking/a:0": 1}
+
+
+def test_a_cell_that_outlives_its_runner_is_waited_for(recipes, tmp_path):
+    """Two processes in one run folder would spoil it: the lock must live as long as the cell."""
+    journal = tmp_path / "journal"
+    process = start([recipes["a"]], [0], journal, tmp_path, sleep=3)
+    wait_for(lambda: journal.exists() and "begin" in journal.read_text())
+    process.kill()
+    process.wait()
+    assert run([recipes["a"]], [0], 1, tmp_path / "store", tmp_path / "runs", command=cell(journal)) == []
+    assert [line.split()[0] for line in journal.read_text().splitlines()] == ["begin", "end"]
+    assert len(load_results(tmp_path / "store")) == 1
