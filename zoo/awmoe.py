@@ -304,6 +304,10 @@ class GateNetwork(nn.Module):
         self.default = nn.Linear(hidden, num_experts)
         self.unit = PairUnit(hidden, attention_hidden, num_experts, difference=False)
         self.activation = PairUnit(hidden, attention_hidden, 1)
+        # Votes of a long history add up: at the usual start they saturate the softmax, and one expert gets all the
+        # weight for the first fifth of training. Without votes the gate starts at its default, near uniform.
+        nn.init.zeros_(self.unit.last.weight)
+        nn.init.zeros_(self.unit.last.bias)
 
     def forward(
         self,

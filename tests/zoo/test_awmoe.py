@@ -46,8 +46,10 @@ def make_batch(sessions=6, cands=5, time=12, seed=0):
 
 def make_model(**changes):
     torch.manual_seed(0)
-    # Large embeddings, so that every path moves the scores by much more than rounding.
-    return AWMoE(SCHEMA, **{"embedding_std": 1.0, "hidden": 8, "gate_hidden": 8, "expert_hidden": (16, 8)} | changes)
+    # Large embeddings and votes, so that every path moves the scores by much more than rounding.
+    model = AWMoE(SCHEMA, **{"embedding_std": 1.0, "hidden": 8, "gate_hidden": 8, "expert_hidden": (16, 8)} | changes)
+    torch.nn.init.normal_(model.gate.unit.last.weight)
+    return model
 
 
 GATES = [(c, n) for c in ("query", "target", "both") for n in ("softmax", "none")]
@@ -218,6 +220,15 @@ def test_two_processes_see_the_negatives_of_both():
     loss.backward()
     assert np.mean(losses) == pytest.approx(float(loss.detach()), rel=1e-5)
     torch.testing.assert_close(torch.cat(grads) / 2, whole.grad)
+
+
+def test_the_gate_starts_at_its_default_whatever_the_history():
+    """Summed votes of a long history would saturate the softmax from the first step on."""
+    model, batch = AWMoE(SCHEMA).eval(), make_batch(time=200)
+    long = model.encode_user(batch["history"], batch["history_mask"], batch["query"]).gate
+    none = model.encode_user(batch["history"], torch.zeros_like(batch["history_mask"]), batch["query"]).gate
+    torch.testing.assert_close(long, none)
+    assert long.max() < 0.6
 
 
 def test_a_query_gate_without_a_query_is_refused():
