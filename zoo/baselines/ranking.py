@@ -91,7 +91,7 @@ class LinearScorer(ZooModel):
         self.weight.copy_(weight.detach())
 
     def forward(self, dense: Float[Tensor, "batch cands features"]) -> RankingOutput:
-        return RankingOutput(dense @ self.weight, {})
+        return RankingOutput((dense @ self.weight.unsqueeze(-1)).squeeze(-1), {})
 
 
 class TowerRanker(ZooModel):
