@@ -5,9 +5,8 @@ Where a source brings no train sessions, they are drawn from the behaviour itsel
 a (basket, query) against up to nine others of the same query in proportion to their train purchases.
 """
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from inspect import signature
 from typing import Any, Literal, NamedTuple
@@ -19,9 +18,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
+from .batches import IndexBatches
+from .ranking_catalogue import Catalogue
 from .ranking_features import CrossFeatures, Ints, OccurrenceIndex, encode, standardiser
 from .ranking_tables import RankingTables
 
@@ -97,7 +98,7 @@ class RankingData(lightning.LightningDataModule):
         return read_source(self.source, self.files)
 
     @cached_property
-    def catalogue(self) -> "Catalogue":
+    def catalogue(self) -> Catalogue:
         return Catalogue(self.tables)
 
     @property
@@ -184,7 +185,7 @@ class RankingData(lightning.LightningDataModule):
         """Sessions in random order; drawn ones get new negatives each time."""
         count = len(self.train_sessions)
         wanted = min(self.epoch_sessions or count, count)
-        return self._loader(self.train_sessions, SessionBatches(count, self.batch_size, wanted, shuffle=True))
+        return self._loader(self.train_sessions, IndexBatches(count, self.batch_size, wanted, shuffle=True))
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._eval_loader("valid")
@@ -202,9 +203,9 @@ class RankingData(lightning.LightningDataModule):
 
     def _eval_loader(self, split: str) -> DataLoader[Any]:
         sessions = ListedSessions(self, split)
-        return self._loader(sessions, SessionBatches(len(sessions), self.eval_batch_size))
+        return self._loader(sessions, IndexBatches(len(sessions), self.eval_batch_size))
 
-    def _loader(self, sessions: "Sessions", batches: "SessionBatches") -> DataLoader[Any]:
+    def _loader(self, sessions: "Sessions", batches: IndexBatches) -> DataLoader[Any]:
         # A batch is built at once from its indices: `sampler` yields whole batches and nothing is collated.
         return DataLoader(
             sessions, sampler=batches, batch_size=None, num_workers=self.num_workers,
@@ -264,92 +265,6 @@ def read_source(source: str, files: Mapping[str, Any]) -> RankingTables:
     if missing:
         raise UserError(f"data.files.{missing[0]}: source '{source}' needs it, e.g. --data.files.{missing[0]} PATH")
     return reader(**files)
-
-
-class SessionBatches(Sampler[list[int]]):
-    """Lists of session indices, each process of a distributed run its share.
-
-    The order of an epoch follows from torch's seed and the epoch alone, so a resumed run sees what an uninterrupted
-    one would have seen.
-    """
-
-    def __init__(self, count: int, batch_size: int, wanted: int | None = None, shuffle: bool = False) -> None:
-        self.count, self.batch_size, self.shuffle = count, batch_size, shuffle
-        self.wanted = count if wanted is None else wanted
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning at the start of each epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = torch.arange(self.count)
-        if self.shuffle:
-            order = torch.randperm(
-                self.count, generator=torch.Generator().manual_seed(torch.initial_seed() + self.epoch)
-            )
-        rank, world = _place()
-        # Modulo: processes get equal shares, if need be by repeating a session (tests drop the repeats).
-        own = order[(torch.arange(self._share()) * world + rank) % self.wanted].tolist()
-        for i in range(len(self)):
-            yield own[i * self.batch_size : (i + 1) * self.batch_size]
-
-    def __len__(self) -> int:
-        if self.shuffle:  # a ragged last batch would only add noise
-            return max(self._share() // self.batch_size, 1)
-        return math.ceil(self._share() / self.batch_size)
-
-    def _share(self) -> int:
-        return math.ceil(self.wanted / _place()[1])
-
-
-def _place() -> tuple[int, int]:
-    """This process's rank and how many there are."""
-    import torch.distributed as dist
-
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-class Catalogue:
-    """Item fields as integer codes; vocabularies from the items of train rows only."""
-
-    def __init__(self, tables: RankingTables) -> None:
-        self.columns = _fields(tables.items)
-        trained = np.unique(tables.events.filter("is_train")["item"].to_numpy())
-        self.known = {name: values[trained] for name, values in self.columns.items()}
-        self.codes: dict[str, Ints] = {}
-        self.sizes: dict[str, int] = {}
-        for name, values in self.columns.items():
-            self.codes[name], self.sizes[name] = encode(values, self.known[name])
-        table = np.stack(list(self.codes.values()), 1)
-        self.fields = torch.from_numpy(np.vstack([table, np.zeros_like(table[:1])]))  # row -1 pads
-        asked = [self.codes[name] for name in tables.query]
-        self.query_fields = torch.from_numpy(np.stack(asked, 1) if asked else np.zeros((len(table), 0), np.int64))
-        self.query_code = np.zeros(len(table), np.int64)
-        if asked:
-            joint = np.ravel_multi_index(asked, [self.sizes[name] for name in tables.query])
-            self.query_code = np.unique(joint, return_inverse=True)[1].astype(np.int64)
-
-    def telling_attributes(self) -> list[str]:
-        """Attributes that differ from the usual value of their query for at least one item in twenty."""
-        telling = []
-        for name, code in self.codes.items():
-            counts = pl.DataFrame({"query": self.query_code, "code": code}).group_by("query", "code").len()
-            usual = counts.group_by("query").agg(pl.col("len").max())["len"].sum()
-            if name != "item" and usual <= 0.95 * len(code):
-                telling.append(name)
-        return telling
-
-
-def _fields(items: pl.DataFrame) -> dict[str, pl.Series]:
-    """Columns of items that are categories: `item`, then the attributes. Of a list its last, finest value counts."""
-    fields = {"item": items["item_id"]}
-    for column in items.drop("item_id"):
-        if column.dtype == pl.List:
-            column = column.list.last()
-        if column.dtype == pl.String or column.dtype.is_integer() or column.dtype == pl.Boolean:
-            fields[column.name] = column
-    return fields
 
 
 class Drawn(NamedTuple):
