@@ -378,7 +378,7 @@ def quiet() -> None:
     import logging
 
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*functional.all_gather is deprecated.*")
     warnings.filterwarnings("ignore", ".*Grad strides do not match bucket view strides.*")
