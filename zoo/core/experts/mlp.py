@@ -1,7 +1,6 @@
-"""Experts: the same small network E times with different weights, or E arbitrary modules."""
+"""E MLPs of one shape with stacked weights: the fast kind."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch
@@ -9,40 +8,11 @@ from jaxtyping import Float, Int32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .dispatch import Plan
-from .grouped import BACKENDS, Backend, group_sizes, grouped_linear, row_experts, select_backend
+from ..dispatch import Plan
+from ..grouped import BACKENDS, Backend, group_sizes, grouped_linear, row_experts, select_backend
+from .base import Experts, mix
 
 Activation = Literal["relu", "gelu", "silu", "tanh", "swiglu"]
-
-
-class Experts(nn.Module, ABC):
-    """E experts that can run on rows sorted by expert, or all on every token."""
-
-    def __init__(self, num_experts: int) -> None:
-        super().__init__()
-        if num_experts < 1:
-            raise ValueError(f"num_experts={num_experts} must be at least 1")
-        self.num_experts = num_experts
-
-    @abstractmethod
-    def forward(
-        self,
-        x_sorted: Float[Tensor, "rows *dims"],
-        plan: Plan,
-        *,
-        backend: Backend | Literal["auto"] = "auto",
-    ) -> Float[Tensor, "rows *out_dims"]:
-        """Each row through its own expert. Rows of the plan's tail give zero."""
-
-    @abstractmethod
-    def dense(
-        self, x: Float[Tensor, "tokens *dims"], weights: Float[Tensor, "tokens experts"] | None = None
-    ) -> Float[Tensor, "tokens *out_dims"]:
-        """Every expert on every token: [tokens, experts, out], or summed with `weights`: [tokens, out]."""
-
-    def select(self, x: Tensor, top_k: int) -> Backend:
-        """The backend that suits `top_k` of these experts on the tokens `x`."""
-        return "dense" if top_k == self.num_experts else "segment"
 
 
 class StackedLinear(nn.Module):
@@ -153,7 +123,7 @@ class MLPExperts(Experts):
             h = first.batched(x.expand(self.num_experts, *x.shape))
         for layer in rest:
             h = layer.batched(self._activate(h))
-        return h.transpose(0, 1) if weights is None else _mix(h.transpose(0, 1), weights)
+        return h.transpose(0, 1) if weights is None else mix(h.transpose(0, 1), weights)
 
     def select(self, x: Tensor, top_k: int, tokens: int | None = None) -> Backend:
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -197,55 +167,3 @@ class MLPExperts(Experts):
 
     def extra_repr(self) -> str:
         return f"act={self.act}, dropout={self.dropout}, backend={self.backend}"
-
-
-class ModuleExperts(Experts):
-    """Arbitrary modules as experts, [rows, ...] -> [rows, ...]; they run one after another.
-
-    An expert without rows in a batch is not called and gets no gradient: DistributedDataParallel then
-    needs `find_unused_parameters=True`. Prefer `MLPExperts` where the experts are MLPs of one shape.
-
-    Args:
-        experts: the modules, or a factory that is called `num_experts` times.
-    """
-
-    def __init__(self, experts: Callable[[], nn.Module] | Sequence[nn.Module], num_experts: int | None = None) -> None:
-        if isinstance(experts, Sequence):
-            modules = list(experts)
-            if num_experts not in (None, len(modules)):
-                raise ValueError(f"num_experts={num_experts} but {len(modules)} experts were given")
-        elif num_experts is None:
-            raise ValueError("a factory of experts needs num_experts")
-        else:
-            modules = [experts() for _ in range(num_experts)]
-        super().__init__(len(modules))
-        self.experts = nn.ModuleList(modules)
-
-    def forward(
-        self,
-        x_sorted: Float[Tensor, "rows *dims"],
-        plan: Plan,
-        *,
-        backend: Backend | Literal["auto"] = "auto",
-    ) -> Float[Tensor, "rows *out_dims"]:
-        sizes = group_sizes(plan.offsets)
-        total = sum(sizes)
-        groups = zip(self.experts, torch.split(x_sorted[:total], sizes), strict=True)
-        outputs = [expert(rows) for expert, rows in groups if rows.shape[0] > 0]
-        if not outputs:  # no rows at all: ask an expert for the shape of its output
-            outputs = [self.experts[0](x_sorted[:0])]
-        if total < x_sorted.shape[0]:
-            outputs.append(outputs[0].new_zeros(x_sorted.shape[0] - total, *outputs[0].shape[1:]))
-        return torch.cat(outputs)
-
-    def dense(
-        self, x: Float[Tensor, "tokens *dims"], weights: Float[Tensor, "tokens experts"] | None = None
-    ) -> Float[Tensor, "tokens *out_dims"]:
-        y = torch.stack([expert(x) for expert in self.experts], dim=1)
-        return y if weights is None else _mix(y, weights)
-
-
-def _mix(
-    y: Float[Tensor, "tokens experts *dims"], weights: Float[Tensor, "tokens experts"]
-) -> Float[Tensor, "tokens *dims"]:
-    return (y * weights.to(y.dtype).view(*weights.shape, *[1] * (y.dim() - 2))).sum(1)
