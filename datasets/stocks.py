@@ -1,0 +1,166 @@
+"""Stock data: days of names with their windows of features, and the return that follows.
+
+Day t is the day after whose close a score is given; the name is bought at the close of t+1, so the label is the
+return from close t+1 to close t+1+horizon. The universe is that of day t.
+"""
+
+from datetime import date
+from functools import cached_property
+from typing import Any, Literal
+
+import polars as pl
+import pytorch_lightning as lightning
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import UserError
+from .batches import IndexBatches
+from .stocks_panel import StockBatch, StockPanel
+
+__all__ = ["StockBatch", "StockPanel", "StocksData"]
+
+
+class StocksData(lightning.LightningDataModule):
+    """Days of a split as `StockBatch`es: shuffled for training, in order for validation, test and prediction.
+
+    Args:
+        source: `sp500` (extra `stocks`), `planted`, or your own files: `long`, `qlib`, `wide`.
+        files: arguments of the source's reader, e.g. `prices`, `membership` for `long`.
+        features: `light` (from close and volume alone where only these exist) or `alpha158`.
+        normalise: `robust` (median and MAD of the train days), or `rank`, `zscore` among the names of each day.
+        lookback: days of a window, the last one being day t.
+        horizon: days the label spans.
+        splits: name -> [first day, last day], both included; default: the source's own, else 60/20/20 % of the days.
+            The last horizon + 1 days of train and valid are left out (purge): their labels reach into what follows.
+        clip_return: bound of |label| and |next_return|; default: 0.5 for sp500, none for your own files.
+        bad_rows: what to do with impossible rows (prices <= 0, high < low): `raise`, or `drop` and say how many.
+        days_per_year: for annualised numbers; default: 252.
+        days_per_batch: train days a step.
+        eval_days_per_batch: days a batch of validation, test and prediction.
+        cache: keep the finished panel under MOEZOO_CACHE.
+
+    After `setup`: `calendar`, `symbols`, `sectors`, `panel`.
+
+    Raises:
+        UserError: a file is missing or wrong; nothing has been written by then.
+    """
+
+    def __init__(
+        self,
+        source: Literal["sp500", "planted", "long", "qlib", "wide"] = "sp500",
+        files: dict[str, Any] | None = None,
+        features: Literal["light", "alpha158"] = "light",
+        normalise: Literal["robust", "rank", "zscore"] = "robust",
+        lookback: int = 8,
+        horizon: int = 5,
+        splits: dict[str, list[str]] | None = None,
+        clip_return: float | None = None,
+        bad_rows: Literal["raise", "drop"] = "raise",
+        days_per_year: int = 252,
+        days_per_batch: int = 8,
+        eval_days_per_batch: int = 32,
+        cache: bool = True,
+    ) -> None:
+        super().__init__()
+        self.source, self.files = source, files or {}
+        self.feature_set, self.normalise = features, normalise
+        self.lookback, self.horizon = lookback, horizon
+        self.splits, self.clip_return, self.bad_rows = splits, clip_return, bad_rows
+        self.days_per_year, self.cache = days_per_year, cache
+        self.days_per_batch, self.eval_days_per_batch = days_per_batch, eval_days_per_batch
+        if source == "planted" and horizon != 1:
+            raise UserError(f"data.horizon={horizon}: the planted market has one-day labels; set data.horizon=1")
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """What a model or task is built with (JSON-able): dataset, fingerprint, num_features, lookback, horizon,
+        styles, days_per_year. Computes no feature."""
+        from . import stocks_planted
+
+        return {
+            "dataset": "planted",
+            "fingerprint": "planted",
+            "num_features": len(stocks_planted.FEATURES),
+            "lookback": self.lookback,
+            "horizon": self.horizon,
+            "styles": ["momentum"],
+            "days_per_year": self.days_per_year,
+        }
+
+    @cached_property
+    def panel(self) -> StockPanel:
+        """Read, checked and built once."""
+        from . import stocks_planted
+
+        if self.source != "planted":
+            raise NotImplementedError(self.source)
+        return stocks_planted.planted_panel(self.lookback, **self.files)
+
+    @property
+    def calendar(self) -> list[date]:
+        return list(self.panel.calendar)
+
+    @property
+    def symbols(self) -> list[str]:
+        return list(self.panel.symbols)
+
+    @property
+    def sectors(self) -> dict[str, str]:
+        """Symbol -> sector; empty where the source has none."""
+        return self.panel.sectors
+
+    @cached_property
+    def days(self) -> dict[str, list[int]]:
+        """Indices of the days of train, valid, test and predict; the first two are purged."""
+        from . import stocks_planted
+
+        first, days = self.lookback - 1, {}
+        for name, count in stocks_planted.SPLITS.items():
+            gap = self.horizon + 1 if name != "test" else 0
+            days[name] = list(range(first, first + count - gap))
+            first += count
+        return days | {"predict": days["test"]}
+
+    def setup(self, stage: str) -> None:
+        """Build the panel and bring it to the trainer's device, where windows are gathered."""
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        self.__dict__["panel"] = self.panel.to(device)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Days in random order."""
+        return self._loader("train", self.days_per_batch, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._loader("valid", self.eval_days_per_batch)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._loader("test", self.eval_days_per_batch)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The test days and all later ones, also those whose label is not known yet."""
+        return self._loader("predict", self.eval_days_per_batch)
+
+    def _loader(self, split: str, days_per_batch: int, shuffle: bool = False) -> DataLoader[Any]:
+        days = Days(self.panel, self.days[split], self.lookback)
+        return DataLoader(days, sampler=IndexBatches(len(days), days_per_batch, shuffle=shuffle), batch_size=None)
+
+    def decode(self, predictions: pl.DataFrame) -> pl.DataFrame:
+        """Predictions by (day, symbol) index with the date and the symbol's name in their place."""
+        names = pl.Series(self.symbols)
+        dates = pl.Series(self.calendar)
+        return predictions.with_columns(
+            date=dates.gather(predictions["day"]), symbol=names.gather(predictions["symbol"])
+        ).select("date", "symbol", pl.exclude("date", "symbol", "day"))
+
+
+class Days(Dataset[StockBatch]):
+    """Builds whole batches from positions in a list of days."""
+
+    def __init__(self, panel: StockPanel, days: list[int], lookback: int) -> None:
+        self.panel, self.days, self.lookback = panel, days, lookback
+
+    def __len__(self) -> int:
+        return len(self.days)
+
+    def __getitem__(self, index: list[int]) -> StockBatch:
+        return self.panel.batch([self.days[i] for i in index], self.lookback)
