@@ -1,27 +1,67 @@
 """The shared MoE layer: a router says who, a plan says where, experts compute, combine brings it back."""
 
+from typing import TYPE_CHECKING, Any
+
 from .dispatch import Plan, combine, dispatch, make_plan
 from .experts import Experts, MLPExperts, ModuleExperts, StackedLinear
 from .grouped import grouped_linear, select_backend
 from .moe import MoE
-from .routing import DenseRouter, FixedRouter, NoisyTopKRouter, Router, Routing, TopKRouter
+from .routing import (
+    DenseRouter,
+    ExpertChoiceRouter,
+    FixedRouter,
+    Gate,
+    HashRouter,
+    LinearGate,
+    NoisyTopKRouter,
+    NullExpertRouter,
+    Router,
+    Routing,
+    StraightThroughRouter,
+    SwitchRouter,
+    TaskGate,
+    TopKRouter,
+    update_router_bias,
+)
+
+if TYPE_CHECKING:
+    from .parallel import shard_experts
 
 __all__ = [
     "DenseRouter",
+    "ExpertChoiceRouter",
     "Experts",
     "FixedRouter",
+    "Gate",
+    "HashRouter",
+    "LinearGate",
     "MLPExperts",
     "MoE",
     "ModuleExperts",
     "NoisyTopKRouter",
+    "NullExpertRouter",
     "Plan",
     "Router",
     "Routing",
     "StackedLinear",
+    "StraightThroughRouter",
+    "SwitchRouter",
+    "TaskGate",
     "TopKRouter",
     "combine",
     "dispatch",
     "grouped_linear",
     "make_plan",
     "select_backend",
+    "shard_experts",
+    "update_router_bias",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # PEP 562: torch's DTensor takes longer to import than all of the core.
+    if name == "shard_experts":
+        from .parallel import shard_experts
+
+        return shard_experts
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

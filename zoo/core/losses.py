@@ -1,5 +1,7 @@
 """Balance losses, without coefficients: those live in the routers."""
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -26,12 +28,13 @@ def switch_balance_loss(
     token_mask: Bool[Tensor, "tokens"] | None = None,
     *,
     dropless: bool = False,
+    coef: float = 1.0,
 ) -> Float[Tensor, ""]:
     """`E Σ_e f_e P_e`: 1 at perfect balance for every k (Fedus et al. 2021, eq. 4).
 
     f is the share of all chosen slots that went to an expert (sums to one, no gradient), P the mean score
     (which should sum to one over experts). Libraries differ by a factor k: Hugging Face's value is k at
-    balance. `dropless=True` promises that no index is -1.
+    balance. `dropless=True` promises that no index is -1. `coef` multiplies the loss, for no extra operation.
     """
     tokens, experts = scores.shape
     counts = slot_counts(indices, experts, scores.dtype, dropless=dropless)
@@ -41,7 +44,65 @@ def switch_balance_loss(
         kept = tokens if token_mask is None else token_mask.sum()
         slots_times_tokens = (counts.sum() * kept).clamp_min(1.0)
         scores = scores if token_mask is None else scores.masked_fill(~token_mask[:, None], 0.0)
-    return torch.dot(scores.sum(0), counts) * (experts / slots_times_tokens)
+    return torch.dot(scores.sum(0), counts * (coef * experts / slots_times_tokens))
+
+
+def sequence_balance_loss(
+    scores: Float[Tensor, "tokens experts"],
+    indices: Int[Tensor, "tokens k"],
+    sequence_id: Int[Tensor, "tokens"],
+    token_mask: Bool[Tensor, "tokens"] | None = None,
+) -> Float[Tensor, ""]:
+    """The mean over sequences of each one's `switch_balance_loss` (DeepSeek-V3, eqs. 17 to 20).
+
+    `sequence_id` names the sequence of every token, in any order, so packed batches work; ids lie below the
+    number of tokens.
+    """
+    tokens, experts = scores.shape
+    kept = torch.ones_like(scores[:, 0]) if token_mask is None else token_mask.to(scores.dtype)
+    lengths = torch.zeros_like(kept).index_add(0, sequence_id, kept)
+    slots = indices + 1 + sequence_id[:, None] * (experts + 1)  # column 0 takes what was dropped
+    ones = torch.ones(slots.numel(), dtype=scores.dtype, device=scores.device)
+    counts = torch.zeros(tokens * (experts + 1), dtype=scores.dtype, device=scores.device)
+    counts = counts.scatter_add_(0, slots.flatten(), ones).view(tokens, experts + 1)[:, 1:]
+    shares = counts / counts.sum(-1, keepdim=True).clamp_min(1.0)
+    mean_scores = torch.zeros_like(scores).index_add(0, sequence_id, scores * kept[:, None])
+    mean_scores = mean_scores / lengths.clamp_min(1.0)[:, None]
+    return experts * (shares * mean_scores).sum() / (lengths > 0).sum().clamp_min(1)
+
+
+def batch_entropy(
+    scores: Float[Tensor, "tokens experts"], token_mask: Bool[Tensor, "tokens"] | None = None
+) -> Float[Tensor, ""]:
+    """Entropy of the mean score over ln E: 1 where experts are used alike. A loss with a negative coefficient.
+
+    Scores of a token sum to one. With `token_entropy` it is the mutual-information objective of a router.
+    """
+    return _entropy(_token_mean(scores, token_mask))
+
+
+def token_entropy(
+    scores: Float[Tensor, "tokens experts"], token_mask: Bool[Tensor, "tokens"] | None = None
+) -> Float[Tensor, ""]:
+    """Mean entropy of a token's scores over ln E: 0 for a router that is sure. A positive coefficient sharpens."""
+    return _token_mean(_entropy(scores)[:, None], token_mask).sum()
+
+
+def null_balance_loss(
+    scores: Float[Tensor, "tokens columns"],
+    indices: Int[Tensor, "tokens k"],
+    num_null: int,
+    token_mask: Bool[Tensor, "tokens"] | None = None,
+) -> Float[Tensor, ""]:
+    """`switch_balance_loss` that asks nothing of how null experts, the last columns, share their load.
+
+    Each of their loads is replaced by the mean of theirs (AdaMoE, Zeng et al. 2024).
+    """
+    columns = scores.shape[1]
+    counts = slot_counts(indices, columns, scores.dtype)
+    null = counts[columns - num_null :]
+    counts = torch.cat([counts[: columns - num_null], null.mean().expand(num_null)])
+    return columns * torch.dot(_token_mean(scores, token_mask), counts / counts.sum().clamp_min(1.0))
 
 
 def z_loss(
@@ -72,3 +133,12 @@ def _token_mean(x: Tensor, token_mask: Tensor | None) -> Tensor:
     if token_mask is None:
         return x.sum(0) / max(x.shape[0], 1)  # not mean(): an empty batch must give 0, not NaN
     return x.masked_fill(~token_mask[:, None], 0.0).sum(0) / token_mask.sum().clamp_min(1)
+
+
+def _entropy(p: Float[Tensor, "*rows experts"]) -> Float[Tensor, "*rows"]:
+    """Entropy over ln E; 0 for one expert. The gradient is finite where a score is zero."""
+    experts = p.shape[-1]
+    if experts == 1:
+        return p.sum(-1) * 0.0
+    tiny = torch.finfo(p.dtype).tiny
+    return -(p * p.clamp_min(tiny).log()).sum(-1) / math.log(experts)

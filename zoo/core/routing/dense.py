@@ -7,26 +7,29 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from .gates import Gate
 from .record import Routing
 from .router import (
     OFF,
     ExpertMask,
-    Router,
+    GatedRouter,
     drop_padding,
     full_precision,
-    linear_logits,
     softmax_over_experts,
     switched_off,
 )
 
 
-class DenseRouter(Router):
-    """Every token uses every expert: `norm(activation(W x) / temperature)`.
+class DenseRouter(GatedRouter):
+    """Every token uses every expert: `norm(activation(gate(x)) / temperature + b_0)`.
 
     Args:
+        temperature: softens (above 1) or sharpens the weights; a plain attribute, so that a schedule may set it.
         gate_norm: "softmax" (weights sum to one), "sigmoid" (independent gates) or "none" (raw).
         activation: applied to the logits before the temperature; a non-linear one gives the activation
             gate of "Statistical perspective on temperature in MoE" (Nguyen et al. 2024).
+        bias: learn b_0, one number per expert after the temperature, from zero.
+        gate: where the logits come from; a `LinearGate` by default.
     """
 
     def __init__(
@@ -36,8 +39,10 @@ class DenseRouter(Router):
         temperature: float = 1.0,
         gate_norm: Literal["softmax", "none", "sigmoid"] = "softmax",
         activation: Callable[[Tensor], Tensor] | None = None,
+        bias: bool = False,
+        gate: Gate | None = None,
     ) -> None:
-        super().__init__(num_experts, num_experts)
+        super().__init__(dim, num_experts, num_experts, gate)
         if temperature <= 0:
             raise ValueError(f"temperature={temperature} must be positive")
         if gate_norm not in ("softmax", "none", "sigmoid"):
@@ -45,11 +50,11 @@ class DenseRouter(Router):
         self.temperature = temperature
         self.gate_norm = gate_norm
         self.activation = activation
-        self.weight = nn.Parameter(torch.empty(num_experts, dim).normal_(0.0, 0.02))
+        self.bias = nn.Parameter(torch.zeros(num_experts)) if bias else None
 
     def forward(
         self,
-        x: Float[Tensor, "tokens dim"],
+        x: Float[Tensor, "tokens *features"],
         *,
         token_mask: Bool[Tensor, "tokens"] | None = None,
         task_id: Int[Tensor, "tokens *slots"] | None = None,
@@ -57,11 +62,13 @@ class DenseRouter(Router):
         state: Any = None,
     ) -> Routing:
         with full_precision(x):
-            logits = linear_logits(x, self.weight)
+            logits = self.gate(x, task_id)
             if self.activation is not None:
                 logits = self.activation(logits)
             if self.temperature != 1.0:
                 logits = logits / self.temperature
+            if self.bias is not None:
+                logits = logits + self.bias
             if expert_mask is not None:
                 logits = logits.masked_fill(switched_off(expert_mask), OFF)
             scores = self._scores(logits)

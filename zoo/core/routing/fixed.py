@@ -1,5 +1,6 @@
-"""A route given from outside."""
+"""Routes that nothing learns: given from outside, or a hash."""
 
+import math
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class FixedRouter(Router):
 
     def forward(
         self,
-        x: Float[Tensor, "tokens dim"],
+        x: Float[Tensor, "tokens *features"],
         *,
         token_mask: Bool[Tensor, "tokens"] | None = None,
         task_id: Int[Tensor, "tokens *slots"] | None = None,
@@ -56,3 +57,38 @@ class FixedRouter(Router):
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, top_k={self.top_k}"
+
+
+class HashRouter(Router):
+    """Tokens go to expert `task_id · prime mod E`, with weight 1: `task_id` holds token or item ids, of any sign.
+
+    Nothing is learned, and an id has the same expert for ever (Hash layers, Roller et al. 2021). The prime must
+    not divide E; ids that come in runs then fill the experts evenly.
+    """
+
+    def __init__(self, num_experts: int, prime: int = 2_147_483_647) -> None:
+        super().__init__(num_experts, 1)
+        if math.gcd(prime, num_experts) != 1:
+            raise ValueError(f"prime={prime} and num_experts={num_experts} must have no common factor")
+        self.prime = prime
+        self.fixed = FixedRouter(num_experts)
+
+    def forward(
+        self,
+        x: Float[Tensor, "tokens *features"],
+        *,
+        token_mask: Bool[Tensor, "tokens"] | None = None,
+        task_id: Int[Tensor, "tokens *slots"] | None = None,
+        expert_mask: ExpertMask | None = None,
+        state: Any = None,
+    ) -> Routing:
+        if task_id is None:
+            raise ValueError("HashRouter needs task_id: the id of every token, shape [tokens]")
+        # (id mod E) first: the product of a large id would overflow.
+        experts = (task_id.to(torch.int64) % self.num_experts) * self.prime % self.num_experts
+        routing: Routing = self.fixed(x, token_mask=token_mask, task_id=experts, expert_mask=expert_mask, state=state)
+        routing.dropless = token_mask is None and expert_mask is None
+        return routing
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, prime={self.prime}"

@@ -7,27 +7,33 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..losses import importance_loss, load_loss, slot_counts
+from .capacity import Capacity, Priority
+from .gates import Gate, LinearGate
 from .record import Routing
 from .router import (
     OFF,
     ExpertMask,
-    Router,
+    GatedRouter,
     choose,
     drop_padding,
     full_precision,
-    linear_logits,
     softmax_over_experts,
     switched_off,
 )
 
 
-class NoisyTopKRouter(Router):
+class NoisyTopKRouter(GatedRouter):
     """Top-k of noisy logits, softmax over the chosen ones (eqs. 3 to 5).
 
     In training, logits get Gaussian noise of the learned size `softplus(W_noise x)`, and
     `aux_loss = importance_coef CV²(importance) + load_coef CV²(load)`, where load is the smooth probability
-    of being chosen again under fresh noise (eqs. 8 to 11). Both weights start at zero, so that all experts
-    start with the same chance. Outside training there is no noise and no loss.
+    of being chosen again under fresh noise (eqs. 8 to 11). Outside training there is no noise and no loss.
+
+    Args:
+        gate, noise_gate: where logits and noise sizes come from; linear by default and zero at first, so that
+            all experts start with the same chance.
+        capacity_factor, min_capacity, priority: drop what exceeds `Capacity`; None drops nothing. "prob" is the
+            batch-prioritised routing of V-MoE.
 
     `top_k=1` makes every weight 1: only the losses would teach the router, hence an error.
     """
@@ -39,18 +45,23 @@ class NoisyTopKRouter(Router):
         top_k: int,
         importance_coef: float = 1e-2,
         load_coef: float = 1e-2,
+        capacity_factor: float | None = None,
+        min_capacity: int = 1,
+        priority: Priority = "order",
+        gate: Gate | None = None,
+        noise_gate: Gate | None = None,
     ) -> None:
-        super().__init__(num_experts, top_k)
+        super().__init__(dim, num_experts, top_k, gate or LinearGate(dim, num_experts, std=0.0))
         if top_k == 1 and num_experts > 1:
             raise ValueError("NoisyTopKRouter needs top_k >= 2: with top_k=1 every weight is 1")
         self.importance_coef = importance_coef
         self.load_coef = load_coef
-        self.weight = nn.Parameter(torch.zeros(num_experts, dim))
-        self.noise_weight = nn.Parameter(torch.zeros(num_experts, dim))
+        self.noise_gate = noise_gate or LinearGate(dim, num_experts, std=0.0)
+        self.capacity = None if capacity_factor is None else Capacity(capacity_factor, min_capacity, priority)
 
     def forward(
         self,
-        x: Float[Tensor, "tokens dim"],
+        x: Float[Tensor, "tokens *features"],
         *,
         token_mask: Bool[Tensor, "tokens"] | None = None,
         task_id: Int[Tensor, "tokens *slots"] | None = None,
@@ -58,10 +69,10 @@ class NoisyTopKRouter(Router):
         state: Any = None,
     ) -> Routing:
         with full_precision(x):
-            clean = linear_logits(x, self.weight)
+            clean = self.gate(x, task_id)
             logits = clean
             if self.training:
-                noise_std = nn.functional.softplus(linear_logits(x, self.noise_weight)) + 1e-6
+                noise_std = nn.functional.softplus(self.noise_gate(x, task_id)) + 1e-6
                 logits = clean + noise_std * torch.randn_like(clean)
             if expert_mask is not None:
                 logits = logits.masked_fill(switched_off(expert_mask), OFF)
@@ -77,6 +88,8 @@ class NoisyTopKRouter(Router):
             if self.training and self.load_coef != 0:
                 load = self._load(clean, logits, noise_std, indices, token_mask)
                 aux_loss = aux_loss + self.load_coef * load_loss(load)
+            if self.capacity is not None:
+                weights, indices = self.capacity.limit(weights, indices, self.num_experts)
         return Routing(
             weights=weights,
             indices=indices,
@@ -84,7 +97,7 @@ class NoisyTopKRouter(Router):
             logits=logits,
             aux_loss=aux_loss,
             state=state,
-            dropless=token_mask is None and expert_mask is None,
+            dropless=token_mask is None and expert_mask is None and self.capacity is None,
         )
 
     def _load(

@@ -12,24 +12,28 @@ from torch import Tensor
 class Routing:
     """Which experts each token goes to, with what weight, and what that costs.
 
-    An index outside `[0, experts)` (by convention -1) marks a dropped slot; routers give it weight zero.
-    `scores` are the router's per-expert scores before selection (probabilities for softmax routers),
-    `logits` what they were computed from, `aux_loss` the balance losses with their coefficients applied:
-    a task adds it with weight 1. `dropless` is the router's promise that no slot is dropped, which lets
-    the dispatcher skip every mask without asking the device. `state` is for routers with a memory.
+    An index in `[num_experts, num_experts + num_extra)` names an extra expert (zero, copy, constant), which
+    costs no matrix product; one outside both ranges (by convention -1) marks a dropped slot, with weight zero.
+    `scores` are the router's scores before selection (probabilities for softmax routers), `logits` what they
+    were computed from; their columns are the experts, then the extra ones. `aux_loss` holds the balance losses
+    with their coefficients applied: a task adds it with weight 1. `dropless` is the router's promise that every
+    slot names a real expert, which lets the dispatcher skip every mask without asking the device. `state` is
+    for routers with a memory.
     """
 
     weights: Float[Tensor, "tokens k"]
     indices: Int[Tensor, "tokens k"]
-    scores: Float[Tensor, "tokens experts"]
-    logits: Float[Tensor, "tokens experts"]
+    scores: Float[Tensor, "tokens columns"]
+    logits: Float[Tensor, "tokens columns"]
     aux_loss: Float[Tensor, ""]
     state: Any = None
     dropless: bool = False
+    num_extra: int = 0
 
     @property
     def num_experts(self) -> int:
-        return self.scores.shape[-1]
+        """Real experts; the extra ones come after them."""
+        return self.scores.shape[-1] - self.num_extra
 
     @property
     def top_k(self) -> int:
@@ -45,16 +49,20 @@ class Routing:
             aux_loss=self.aux_loss.detach(),
             state=_detach(self.state),
             dropless=self.dropless,
+            num_extra=self.num_extra,
         )
 
-    def dense_weights(self) -> Float[Tensor, "tokens experts"]:
-        """The weights as a matrix with zeros at the experts that a token does not use."""
-        tokens, experts = self.scores.shape
+    def dense_weights(self, extra: bool = False) -> Float[Tensor, "tokens columns"]:
+        """The weights as a matrix with zeros at the experts that a token does not use.
+
+        Its columns are the real experts; with `extra=True` those of the extra ones follow.
+        """
+        tokens, columns = self.weights.shape[0], self.num_experts + (self.num_extra if extra else 0)
         if self.dropless:
-            return self.weights.new_zeros(tokens, experts).scatter_add(1, self.indices, self.weights)
-        outside = (self.indices < 0) | (self.indices >= experts)
-        columns = self.indices.masked_fill(outside, experts)
-        return self.weights.new_zeros(tokens, experts + 1).scatter_add(1, columns, self.weights)[:, :experts]
+            return self.weights.new_zeros(tokens, columns).scatter_add(1, self.indices, self.weights)
+        outside = (self.indices < 0) | (self.indices >= columns)
+        indices = self.indices.masked_fill(outside, columns)
+        return self.weights.new_zeros(tokens, columns + 1).scatter_add(1, indices, self.weights)[:, :columns]
 
 
 def _detach(state: Any) -> Any:
