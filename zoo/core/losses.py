@@ -78,14 +78,14 @@ def batch_entropy(
 
     Scores of a token sum to one. With `token_entropy` it is the mutual-information objective of a router.
     """
-    return _entropy(_token_mean(scores, token_mask))
+    return normalised_entropy(_token_mean(scores, token_mask))
 
 
 def token_entropy(
     scores: Float[Tensor, "tokens experts"], token_mask: Bool[Tensor, "tokens"] | None = None
 ) -> Float[Tensor, ""]:
     """Mean entropy of a token's scores over ln E: 0 for a router that is sure. A positive coefficient sharpens."""
-    return _token_mean(_entropy(scores)[:, None], token_mask).sum()
+    return _token_mean(normalised_entropy(scores)[:, None], token_mask).sum()
 
 
 def null_balance_loss(
@@ -112,6 +112,16 @@ def z_loss(
     return _token_mean(logits.logsumexp(-1).square()[:, None], token_mask).sum()
 
 
+def normalised_entropy(p: Float[Tensor, "*rows experts"]) -> Float[Tensor, "*rows"]:
+    """Entropy of distributions over ln E; 0 for one expert. The gradient is finite where a share is zero."""
+    experts = p.shape[-1]
+    if experts == 1:
+        return p.sum(-1) * 0.0
+    tiny = torch.finfo(p.dtype).tiny
+    entropy: Tensor = -(p * p.clamp_min(tiny).log()).sum(-1) / math.log(experts)
+    return entropy
+
+
 def slot_counts(
     indices: Int[Tensor, "tokens k"],
     num_experts: int,
@@ -133,12 +143,3 @@ def _token_mean(x: Tensor, token_mask: Tensor | None) -> Tensor:
     if token_mask is None:
         return x.sum(0) / max(x.shape[0], 1)  # not mean(): an empty batch must give 0, not NaN
     return x.masked_fill(~token_mask[:, None], 0.0).sum(0) / token_mask.sum().clamp_min(1)
-
-
-def _entropy(p: Float[Tensor, "*rows experts"]) -> Float[Tensor, "*rows"]:
-    """Entropy over ln E; 0 for one expert. The gradient is finite where a score is zero."""
-    experts = p.shape[-1]
-    if experts == 1:
-        return p.sum(-1) * 0.0
-    tiny = torch.finfo(p.dtype).tiny
-    return -(p * p.clamp_min(tiny).log()).sum(-1) / math.log(experts)

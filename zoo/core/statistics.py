@@ -1,10 +1,10 @@
 """What to watch in a router, from its record. One definition of every quantity; torch only.
 
-c_e is the load of expert e: the slots it got or, where every token uses every expert, its share of the
-absolute weights. u_e = E c_e / Σ c is its utilisation, 1 at balance.
+c_e is the load of the real expert e: the slots it got or, where every token uses every expert, its share of
+the absolute weights. u_e = E c_e / Σ c is its utilisation, 1 at balance. Extra experts (zero, copy, constant)
+have no load; `extra_share` says what they take.
 """
 
-import math
 from typing import TypedDict
 
 import torch
@@ -12,17 +12,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .experts import Experts
-from .losses import cv_squared, slot_counts
+from .losses import cv_squared, normalised_entropy, slot_counts
 from .routing import Router, Routing
 
 
 def expert_load(routing: Routing) -> Float[Tensor, "experts"]:
     """Share of the work that each expert gets; sums to one (zeros for a batch without tokens)."""
-    weights, experts = routing.weights.detach(), routing.num_experts
-    if routing.top_k == experts:
-        load = routing.dense_weights().detach().abs().sum(0)
-    else:
-        load = slot_counts(routing.indices, experts, weights.dtype)
+    load = _slots_per_expert(routing)
+    if routing.top_k == routing.num_experts:
+        named = (routing.indices >= 0) & (routing.indices < routing.num_experts)
+        dense = (named.all(-1) | ~named.any(-1)).all()  # else experts chose tokens, or some were switched off
+        load = torch.where(dense, routing.dense_weights().detach().abs().sum(0), load)
     return load / load.sum().clamp_min(torch.finfo(load.dtype).tiny)
 
 
@@ -43,7 +43,7 @@ def min_violation(routing: Routing) -> Float[Tensor, ""]:
 
 def load_entropy(routing: Routing) -> Float[Tensor, ""]:
     """Entropy of the load over ln E: 1 at balance; 0 for one expert."""
-    return _normalised_entropy(expert_load(routing)[None])
+    return normalised_entropy(expert_load(routing))
 
 
 def token_entropy(routing: Routing) -> Float[Tensor, ""]:
@@ -52,7 +52,8 @@ def token_entropy(routing: Routing) -> Float[Tensor, ""]:
     Scores that are no distribution (sigmoid or raw gates) are taken in absolute value and normalised.
     """
     scores = _routed_scores(routing).abs()
-    return _normalised_entropy(scores / scores.sum(-1, keepdim=True).clamp_min(1e-20))
+    entropy = normalised_entropy(scores / scores.sum(-1, keepdim=True).clamp_min(1e-20))
+    return entropy.sum() / max(entropy.numel(), 1)
 
 
 def load_cv_squared(routing: Routing) -> Float[Tensor, ""]:
@@ -72,8 +73,48 @@ def dead_experts(routing: Routing) -> Int[Tensor, ""]:
 
 def drop_rate(routing: Routing) -> Float[Tensor, ""]:
     """Share of slots that go nowhere: dropped, or of padding."""
-    outside = (routing.indices < 0) | (routing.indices >= routing.num_experts)
-    return outside.to(routing.weights.dtype).sum() / max(outside.numel(), 1)
+    outside = (routing.indices < 0) | (routing.indices >= routing.num_experts + routing.num_extra)
+    return _mean(outside, routing)
+
+
+def extra_share(routing: Routing) -> Float[Tensor, ""]:
+    """Share of all slots that went to extra experts."""
+    extra = (routing.indices >= routing.num_experts) & (routing.indices < routing.num_experts + routing.num_extra)
+    return _mean(extra, routing)
+
+
+def zero_weight_rate(routing: Routing) -> Float[Tensor, ""]:
+    """Share of the slots that name an expert but give it weight zero, as those of null experts do."""
+    named = routing.indices >= 0
+    idle = named & (routing.weights.detach() == 0)
+    return idle.sum().to(routing.weights.dtype) / named.sum().clamp_min(1)
+
+
+def true_experts_per_token(routing: Routing) -> Float[Tensor, ""]:
+    """Mean number of real experts with a weight, over the tokens that go anywhere."""
+    real = (routing.indices >= 0) & (routing.indices < routing.num_experts) & (routing.weights.detach() != 0)
+    routed = (routing.indices >= 0).any(-1)
+    return real.sum().to(routing.weights.dtype) / routed.sum().clamp_min(1)
+
+
+def co_activation(routing: Routing) -> Float[Tensor, "experts experts"]:
+    """Share of the routed tokens that use both of two real experts; on the diagonal, that use the one."""
+    uses = _uses(routing)[:, : routing.num_experts]
+    routed = (routing.indices >= 0).any(-1).sum().clamp_min(1)
+    return uses.t() @ uses / routed
+
+
+def switch_rate(before: Routing, after: Routing) -> Float[Tensor, ""]:
+    """Share of the slots that a token did not give to the same expert before: of the same tokens, a step apart."""
+    now, then = _uses(after), _uses(before)
+    return (now * (1 - then)).sum() / now.sum().clamp_min(1)
+
+
+def expert_similarity(outputs: Float[Tensor, "tokens experts out"]) -> Float[Tensor, "experts experts"]:
+    """Mean cosine similarity of what two experts make of the same token: all near 1 if experts are copies."""
+    directions = nn.functional.normalize(outputs.detach(), dim=-1)
+    similarity: Tensor = torch.einsum("neo,nfo->ef", directions, directions) / max(outputs.shape[0], 1)
+    return similarity
 
 
 def confidence(routing: Routing) -> Float[Tensor, ""]:
@@ -96,8 +137,9 @@ def label_expert_nmi(routing: Routing, labels: Int[Tensor, "tokens"]) -> Float[T
     if label.numel() == 0:
         return routing.weights.new_zeros(())
     classes = int(label.max()) + 1
-    table = torch.zeros(classes * routing.num_experts, dtype=torch.float64, device=label.device)
-    pairs = label * routing.num_experts + expert
+    columns = routing.num_experts + routing.num_extra
+    table = torch.zeros(classes * columns, dtype=torch.float64, device=label.device)
+    pairs = label * columns + expert
     table.scatter_add_(0, pairs, torch.ones_like(pairs, dtype=torch.float64))
     joint = table.view(classes, -1) / label.numel()
     h_label, h_expert = _entropy(joint.sum(1)), _entropy(joint.sum(0))
@@ -118,6 +160,9 @@ def routing_statistics(routing: Routing) -> dict[str, Tensor]:
         "token_entropy": token_entropy(routing),
         "dead_experts": dead_experts(routing),
         "drop_rate": drop_rate(routing),
+        "extra_share": extra_share(routing),
+        "zero_weight_rate": zero_weight_rate(routing),
+        "true_experts_per_token": true_experts_per_token(routing),
         "confidence": confidence(routing),
         "aux_loss": routing.aux_loss.detach(),
     }
@@ -132,14 +177,15 @@ def parameter_counts(module: nn.Module) -> ParameterCounts:
     """Parameters in all, and those that one token touches.
 
     In any submodule that has a `router` and `experts` (as `MoE` does) a token touches the share k / E of the
-    experts' parameters; everything else counts in full. Shared parameters count once.
+    experts' parameters (k = `router.active_experts`); everything else counts in full. Shared parameters count
+    once.
     """
     share: dict[int, float] = {}
     for part in module.modules():
         router, experts = getattr(part, "router", None), getattr(part, "experts", None)
         if isinstance(router, Router) and isinstance(experts, Experts):
             for parameter in experts.parameters():
-                share[id(parameter)] = router.top_k / experts.num_experts
+                share[id(parameter)] = min(router.active_experts / experts.num_experts, 1.0)
     sizes = {id(parameter): parameter.numel() for parameter in module.parameters()}
     active = sum(size * share.get(key, 1.0) for key, size in sizes.items())
     return {"total": sum(sizes.values()), "active": round(active)}
@@ -150,14 +196,22 @@ def _entropy(p: Tensor) -> Tensor:
     return entropy
 
 
-def _normalised_entropy(p: Float[Tensor, "rows experts"]) -> Float[Tensor, ""]:
-    rows, experts = p.shape
-    if experts == 1 or rows == 0:
-        return p.new_zeros(())
-    entropy: Tensor = -torch.special.xlogy(p, p).sum() / (rows * math.log(experts))
-    return entropy
-
-
-def _routed_scores(routing: Routing) -> Float[Tensor, "routed experts"]:
+def _routed_scores(routing: Routing) -> Float[Tensor, "routed columns"]:
     """The scores of the tokens that go anywhere, which leaves out padding."""
     return routing.scores.detach()[(routing.indices >= 0).any(-1)]
+
+
+def _slots_per_expert(routing: Routing) -> Float[Tensor, "experts"]:
+    columns = routing.num_experts + routing.num_extra
+    return slot_counts(routing.indices, columns, routing.weights.dtype)[: routing.num_experts]
+
+
+def _uses(routing: Routing) -> Float[Tensor, "tokens columns"]:
+    """1 where a token's slot names the expert, real or extra."""
+    tokens, columns = routing.scores.shape
+    uses = routing.weights.new_zeros(tokens, columns + 1)
+    return uses.scatter_(1, routing.indices + 1, 1.0)[:, 1:]
+
+
+def _mean(slots: Tensor, routing: Routing) -> Float[Tensor, ""]:
+    return slots.sum().to(routing.weights.dtype) / max(slots.numel(), 1)

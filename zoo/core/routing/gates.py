@@ -67,7 +67,8 @@ class TaskGate(Gate):
         tasks, experts, _ = self.weight.shape
         every_task = linear_logits(x, self.weight.flatten(0, 1)).unflatten(1, (tasks, experts))
         own = task_id.to(torch.int64).view(-1, 1, 1).expand(-1, 1, experts)
-        return every_task.gather(1, own).squeeze(1)
+        logits: Tensor = every_task.gather(1, own).squeeze(1)
+        return logits
 
     def extra_repr(self) -> str:
         tasks, experts, dim = self.weight.shape

@@ -51,7 +51,7 @@ class Router(nn.Module, ABC):
     @property
     def active_experts(self) -> float:
         """How many experts a token uses on average at most; what a layer's cost follows."""
-        return self.top_k
+        return float(self.top_k)
 
     @abstractmethod
     def forward(
@@ -78,8 +78,7 @@ class GatedRouter(Router):
     @property
     def weight(self) -> Tensor:
         """The gate's weight."""
-        weight: Tensor = self.gate.weight
-        return weight
+        return self.gate.get_parameter("weight")
 
     def gate_logits(
         self, x: Tensor, task_id: Tensor | None, expert_mask: Tensor | None
@@ -141,7 +140,8 @@ def _best_groups(
     group_scores = grouped.topk(min(best, grouped.shape[-1]), dim=-1).values.sum(-1)
     kept = group_scores.topk(topk_groups, dim=-1).indices
     outside = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, kept, False)
-    return grouped.masked_fill(outside[..., None], -torch.inf).flatten(1)
+    limited: Tensor = grouped.masked_fill(outside[..., None], -torch.inf).flatten(1)
+    return limited
 
 
 def _best(ranked: Float[Tensor, "tokens experts"], top_k: int) -> Int[Tensor, "tokens k"]:
