@@ -6,8 +6,10 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..dispatch import Plan
-from ..grouped import Backend
+from ..dispatch import Plan, combine, dispatch
+from ..grouped import Backend, row_experts
+
+Sorted = Backend | Literal["auto"]
 
 
 class Experts(nn.Module, ABC):
@@ -25,15 +27,29 @@ class Experts(nn.Module, ABC):
         x_sorted: Float[Tensor, "rows *dims"],
         plan: Plan,
         *,
-        backend: Backend | Literal["auto"] = "auto",
+        backend: Sorted = "auto",
     ) -> Float[Tensor, "rows *out_dims"]:
-        """Each row through its own expert. Rows of the plan's tail give zero."""
+        """Each row through its own expert. Rows of the plan's tail give zero.
+
+        A kind that lacks the asked backend runs in its own way.
+        """
 
     @abstractmethod
     def dense(
         self, x: Float[Tensor, "tokens *dims"], weights: Float[Tensor, "tokens experts"] | None = None
     ) -> Float[Tensor, "tokens *out_dims"]:
         """Every expert on every token: [tokens, experts, out], or summed with `weights`: [tokens, out]."""
+
+    def routed(
+        self,
+        x: Float[Tensor, "tokens *dims"],
+        weights: Float[Tensor, "tokens k"],
+        plan: Plan,
+        *,
+        backend: Backend | Literal["auto"] = "auto",
+    ) -> Float[Tensor, "tokens *out_dims"]:
+        """Dispatch, every row through its own expert, combine."""
+        return combine(self(dispatch(x, plan), plan, backend=backend), weights, plan)
 
     def select(self, x: Tensor, top_k: int) -> Backend:
         """The backend that suits `top_k` of these experts on the tokens `x`."""
@@ -45,3 +61,15 @@ def mix(
 ) -> Float[Tensor, "tokens *dims"]:
     """Each token's outputs of all experts, weighted and summed."""
     return (y * weights.to(y.dtype).view(*weights.shape, *[1] * (y.dim() - 2))).sum(1)
+
+
+def keep_own(y: Float[Tensor, "rows experts *dims"], plan: Plan) -> Float[Tensor, "rows *dims"]:
+    """Of every expert's output each row's own, zero in the tail: a way to run sorted rows that reads no sizes."""
+    expert = row_experts(plan.offsets, y.shape[0]).view(-1, *[1] * (y.dim() - 1))
+    index = expert.clamp(max=y.shape[1] - 1).expand(-1, 1, *y.shape[2:])
+    return y.gather(1, index).squeeze(1).masked_fill(expert.squeeze(1) == y.shape[1], 0.0)
+
+
+def matmul_backend(backend: Sorted) -> Literal["auto", "grouped", "segment"]:
+    """What `grouped_linear` is asked for; it knows neither "dense" nor "padded"."""
+    return backend if backend in ("grouped", "segment") else "auto"
