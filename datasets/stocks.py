@@ -4,8 +4,11 @@ Day t is the day after whose close a score is given; the name is bought at the c
 return from close t+1 to close t+1+horizon. The universe is that of day t.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import cached_property
+from inspect import signature
+from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
@@ -14,8 +17,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
+from . import stocks_planted
 from .batches import IndexBatches
+from .stocks_build import STYLES, build_panel
+from .stocks_cache import cache_file, content_hash, load_panel, save_panel
+from .stocks_features import feature_expressions
+from .stocks_formats import Source, open_long, open_wide
 from .stocks_panel import StockBatch, StockPanel
+from .stocks_qlib import open_qlib
+from .stocks_sp500 import open_sp500
+from .stocks_splits import split_days
 
 __all__ = ["StockBatch", "StockPanel", "StocksData"]
 
@@ -68,33 +79,65 @@ class StocksData(lightning.LightningDataModule):
         self.splits, self.clip_return, self.bad_rows = splits, clip_return, bad_rows
         self.days_per_year, self.cache = days_per_year, cache
         self.days_per_batch, self.eval_days_per_batch = days_per_batch, eval_days_per_batch
+        for name, value in (("lookback", lookback), ("horizon", horizon), ("days_per_batch", days_per_batch)):
+            if value < 1:
+                raise UserError(f"data.{name}={value}: expected at least 1")
         if source == "planted" and horizon != 1:
             raise UserError(f"data.horizon={horizon}: the planted market has one-day labels; set data.horizon=1")
+        if source == "planted":
+            _check_arguments(
+                "planted", stocks_planted.planted_panel, {"lookback": lookback, **self.files}, ["lookback"]
+            )
 
-    @property
+    @cached_property
+    def opened(self) -> Source:
+        """The source's files and headers; no row is read."""
+        return open_source(self.source, self.files)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the bytes the data is made of and of how they are read."""
+        if self.source == "planted":
+            return content_hash([Path(stocks_planted.__file__)], [self.lookback, self.files])
+        words = {name: value for name, value in self.files.items() if not Path(str(value)).exists()}
+        return content_hash(self.opened.content, [self.source, words, self.bad_rows])
+
+    @cached_property
     def schema(self) -> dict[str, Any]:
-        """What a model or task is built with (JSON-able): dataset, fingerprint, num_features, lookback, horizon,
-        styles, days_per_year. Computes no feature."""
-        from . import stocks_planted
-
+        """What a model or task is built with (JSON-able): dataset, fingerprint, num_features, features, lookback,
+        horizon, styles, days_per_year. Computes no feature."""
+        names: Sequence[str] = stocks_planted.FEATURES
+        styles: Sequence[str] = stocks_planted.STYLES
+        if self.source != "planted":
+            fields = {*self.opened.fields, *(("volume",) if "amount" in self.opened.fields else ())}
+            names, styles = list(feature_expressions(self.feature_set, fields)), STYLES
         return {
-            "dataset": "planted",
-            "fingerprint": "planted",
-            "num_features": len(stocks_planted.FEATURES),
+            "dataset": "planted" if self.source == "planted" else self.opened.name,
+            "fingerprint": self.fingerprint,
+            "num_features": len(names),
+            "features": list(names),
             "lookback": self.lookback,
             "horizon": self.horizon,
-            "styles": ["momentum"],
+            "styles": list(styles),
             "days_per_year": self.days_per_year,
         }
 
     @cached_property
     def panel(self) -> StockPanel:
-        """Read, checked and built once."""
-        from . import stocks_planted
-
-        if self.source != "planted":
-            raise NotImplementedError(self.source)
-        return stocks_planted.planted_panel(self.lookback, **self.files)
+        """Read, checked and built once; from the cache where an earlier run has left it."""
+        if self.source == "planted":
+            return stocks_planted.planted_panel(self.lookback, **self.files)
+        file = cache_file(self.fingerprint, self._recipe())
+        panel = load_panel(file) if self.cache else None
+        if panel is None:
+            tables = self.opened.read(self.bad_rows)
+            days = self._split_days(tables.calendar)
+            panel = build_panel(
+                tables, self.feature_set, self.normalise, self.lookback, self.horizon, days["train"], self._clip()
+            )
+            if self.cache:
+                save_panel(panel, file)
+        return panel
 
     @property
     def calendar(self) -> list[date]:
@@ -111,20 +154,36 @@ class StocksData(lightning.LightningDataModule):
 
     @cached_property
     def days(self) -> dict[str, list[int]]:
-        """Indices of the days of train, valid, test and predict; the first two are purged."""
-        from . import stocks_planted
+        """Indices of the days of train, valid, test and predict that have names to score; the first two purged."""
+        listed = self.panel.valid.any(1).cpu().tolist()
+        days = {name: [i for i in some if listed[i]] for name, some in self._split_days(self.panel.calendar).items()}
+        for name, some in days.items():
+            if not some:
+                raise UserError(
+                    f"{self.schema['dataset']}: no day of split '{name}' has a member with a window of "
+                    f"{self.lookback} days; move data.splits.{name} or shorten data.lookback"
+                )
+        return days
 
-        first, days = self.lookback - 1, {}
-        for name, count in stocks_planted.SPLITS.items():
-            gap = self.horizon + 1 if name != "test" else 0
-            days[name] = list(range(first, first + count - gap))
-            first += count
-        return days | {"predict": days["test"]}
+    def _split_days(self, calendar: Sequence[date]) -> dict[str, list[int]]:
+        if self.source == "planted":
+            return stocks_planted.split_days(self.lookback, self.horizon)
+        splits = self.splits or self.opened.splits
+        return split_days(calendar, splits, self.lookback, self.horizon, self.opened.name)
+
+    def _clip(self) -> float | None:
+        return self.opened.clip_return if self.clip_return is None else self.clip_return
+
+    def _recipe(self) -> list[Any]:
+        """What else than the data decides about the panel."""
+        splits = self.splits or self.opened.splits
+        return [self.feature_set, self.normalise, self.lookback, self.horizon, splits, self._clip()]
 
     def setup(self, stage: str) -> None:
         """Build the panel and bring it to the trainer's device, where windows are gathered."""
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-        self.__dict__["panel"] = self.panel.to(device)
+        self.__dict__["panel"] = self.panel.to(device)  # the cached property's value
+        _ = self.days
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Days in random order."""
@@ -164,3 +223,28 @@ class Days(Dataset[StockBatch]):
 
     def __getitem__(self, index: list[int]) -> StockBatch:
         return self.panel.batch([self.days[i] for i in index], self.lookback)
+
+
+def open_source(source: str, files: Mapping[str, Any]) -> Source:
+    """A named source; `files` are its reader's arguments."""
+    openers: dict[str, Callable[..., Source]] = {
+        "sp500": open_sp500,
+        "long": open_long,
+        "qlib": open_qlib,
+        "wide": open_wide,
+    }
+    _check_arguments(source, openers[source], files)
+    return openers[source](**files)
+
+
+def _check_arguments(
+    source: str, reader: Callable[..., Any], given: Mapping[str, Any], hidden: Sequence[str] = ()
+) -> None:
+    arguments = {name: p for name, p in signature(reader).parameters.items() if name not in hidden}
+    for key in given:
+        if key not in arguments and key not in hidden:
+            takes = ", ".join(arguments) or "none: its files come with the extra 'stocks'"
+            raise UserError(f"data.files.{key}: source '{source}' has no such argument; it takes {takes}")
+    missing = [name for name, p in arguments.items() if p.default is p.empty and name not in given]
+    if missing:
+        raise UserError(f"data.files.{missing[0]}: source '{source}' needs it, e.g. --data.files.{missing[0]} PATH")

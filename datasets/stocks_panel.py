@@ -6,7 +6,7 @@ zeros (spec pitfall 2). Windows are gathered when a batch is made, on the panel'
 
 from dataclasses import dataclass, fields, replace
 from datetime import date
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -53,8 +53,8 @@ class StockPanel:
 
     def to(self, device: torch.device) -> "StockPanel":
         """The panel with its tensors on `device`."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)}
         return replace(self, **moved)
 
     def batch(self, days: list[int], lookback: int) -> StockBatch:

@@ -11,6 +11,7 @@ import torch
 from .stocks_panel import StockPanel
 
 FEATURES = ("past_return", "volatility_cue", "noise_1", "noise_2")
+STYLES = ("momentum",)
 _SIGNAL = 0.3  # slope of the label in the past return, of either sign
 _CUE_NOISE = 0.3
 _DAILY = 0.01  # returns of about one percent a day, so that portfolios stay plausible
@@ -48,9 +49,19 @@ def planted_panel(lookback: int, names: int = 300, seed: int = 0) -> StockPanel:
         benchmark=label.mean(1),
         calendar=_weekdays(days),
         symbols=tuple(f"P{i:03d}" for i in range(names)),
-        styles=("momentum",),
+        styles=STYLES,
         sectors={},
     )
+
+
+def split_days(lookback: int, horizon: int) -> dict[str, list[int]]:
+    """Day indices of each split, purged as those of real data are."""
+    first, days = lookback - 1, {}
+    for name, count in SPLITS.items():
+        gap = 0 if name == "test" else horizon + 1
+        days[name] = list(range(first, first + count - gap))
+        first += count
+    return {**days, "predict": days["test"]}
 
 
 def _weekdays(count: int) -> tuple[date, ...]:

@@ -1,0 +1,67 @@
+"""A finished panel on disk: one safetensors file, mapped into memory, so that several runs share its pages."""
+
+import hashlib
+import json
+import uuid
+from collections.abc import Iterable
+from dataclasses import fields
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .. import settings
+from .stocks_panel import StockPanel
+
+_MAKERS = ("stocks_build.py", "stocks_features.py", "stocks_panel.py", "stocks_tables.py")
+
+
+def content_hash(files: Iterable[Path], arguments: Any) -> str:
+    """sha256 (hex) of the files' bytes in order, and of what they are read with."""
+    digest = hashlib.sha256(json.dumps(arguments, sort_keys=True, default=str).encode())
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def cache_file(fingerprint: str, arguments: Any) -> Path:
+    """Where the panel of this content, these arguments and this version of the code lies."""
+    makers = [Path(__file__).with_name(name) for name in _MAKERS]
+    key = content_hash(makers, [fingerprint, arguments])
+    return settings.cache_dir() / "datasets" / "stocks" / f"{key[:32]}.safetensors"
+
+
+def load_panel(file: Path) -> StockPanel | None:
+    """The panel, or None where there is none that can be read."""
+    try:
+        with safe_open(file, "pt") as store:
+            tensors = {name: store.get_tensor(name) for name in store.keys()}  # noqa: SIM118
+            words = json.loads(store.metadata()["panel"])
+    except (OSError, SafetensorError, KeyError, TypeError):
+        return None
+    return StockPanel(
+        **tensors,
+        calendar=tuple(date.fromisoformat(day) for day in words["calendar"]),
+        symbols=tuple(words["symbols"]),
+        styles=tuple(words["styles"]),
+        sectors=words["sectors"],
+    )
+
+
+def save_panel(panel: StockPanel, file: Path) -> None:
+    """The file appears whole or not at all."""
+    values = {field.name: getattr(panel, field.name) for field in fields(panel)}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    words = {name: value for name, value in values.items() if name not in tensors}
+    words["calendar"] = [day.isoformat() for day in panel.calendar]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{uuid.uuid4().hex}.partial")
+    try:
+        save_file(tensors, partial, metadata={"panel": json.dumps(words)})
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
