@@ -1,7 +1,25 @@
 """Experts: the same small network E times with different weights, or E arbitrary modules."""
 
 from .base import Experts
+from .conv import ConvExperts
+from .extra import ConstantExpert, CopyExpert, ZeroExpert
+from .linear import LinearExperts
+from .lora import LoRAExperts, LoRALinear
 from .mlp import MLPExperts, StackedLinear
 from .modules import ModuleExperts
+from .recurrent import RecurrentExperts
 
-__all__ = ["Experts", "MLPExperts", "ModuleExperts", "StackedLinear"]
+__all__ = [
+    "ConstantExpert",
+    "ConvExperts",
+    "CopyExpert",
+    "Experts",
+    "LinearExperts",
+    "LoRAExperts",
+    "LoRALinear",
+    "MLPExperts",
+    "ModuleExperts",
+    "RecurrentExperts",
+    "StackedLinear",
+    "ZeroExpert",
+]
