@@ -23,6 +23,7 @@ class Plan:
         slot: the flat pair `token * k + slot` of each row.
         token: the token of each row.
         row: the row of each pair; the inverse of `slot`.
+        expert: the expert of each row; the last one for rows of the tail.
         offsets: where each expert's rows end.
         dropless: no row lies in the tail.
     """
@@ -30,6 +31,7 @@ class Plan:
     slot: Int[Tensor, "rows"]
     token: Int[Tensor, "rows"]
     row: Int[Tensor, "tokens k"]
+    expert: Int32[Tensor, "rows"]
     offsets: Int32[Tensor, "experts"]
     dropless: bool
 
@@ -60,7 +62,8 @@ def make_plan(indices: Int[Tensor, "tokens k"], num_experts: int, *, dropless: b
     rows = torch.arange(tokens * k, device=slot.device)
     row = torch.empty_like(slot).scatter_(0, slot, rows).view(tokens, k)
     token = slot if k == 1 else slot >> (k.bit_length() - 1) if k & (k - 1) == 0 else slot // k
-    return Plan(slot, token, row, offsets, dropless)
+    expert = keys.to(torch.int32)
+    return Plan(slot, token, row, expert if dropless else expert.clamp_max(num_experts - 1), offsets, dropless)
 
 
 def dispatch(x: Float[Tensor, "tokens *dims"], plan: Plan) -> Float[Tensor, "rows *dims"]:
@@ -87,14 +90,14 @@ class _Dispatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (row,) = ctx.saved_tensors
-        return _sum_rows(grad, row, None), None, None
+        return sum_rows(grad, row, None), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, weights: Tensor, slot: Tensor, token: Tensor, row: Tensor) -> Tensor:
         ctx.save_for_backward(y, weights, slot, token, row)
-        return _sum_rows(y, row, weights)
+        return sum_rows(y, row, weights)
 
     @staticmethod
     @once_differentiable
@@ -111,7 +114,7 @@ class _Combine(torch.autograd.Function):
         return grad_y, grad_weights, None, None, None
 
 
-def _sum_rows(y: Tensor, row: Tensor, weights: Tensor | None) -> Tensor:
+def sum_rows(y: Tensor, row: Tensor, weights: Tensor | None) -> Tensor:
     """`out[n] = Σ_j weights[n, j] y[row[n, j]]` in one fused pass."""
     tokens, k = row.shape
     if tokens == 0:

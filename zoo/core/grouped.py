@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Float, Int32
@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-Backend = Literal["dense", "grouped", "segment", "padded"]
-BACKENDS = ("dense", "grouped", "segment", "padded")
+SortedBackend = Literal["grouped", "segment"]
+Backend = Literal["dense", "grouped", "segment", "padded", "gather"]
+BACKENDS = get_args(Backend)
+FEW_ROWS = 4  # up to which "gather" wins without gradients
 
 
 def grouped_linear(
@@ -29,27 +31,11 @@ def grouped_linear(
     "grouped" is one `torch.nn.functional.grouped_mm`, "segment" one matmul per expert that has rows: it
     takes every dtype and size but reads the offsets on the host. Follows autocast.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    legal = grouped_mm_is_legal(weight.shape[1:], x.dtype)
+    x, weight, bias = follow_autocast(x, weight, bias)
     if backend == "auto":
-        backend = "grouped" if legal else "segment"
-    elif backend == "grouped" and not legal:
-        raise ValueError(
-            f"backend='grouped' cannot run {x.dtype} layers of widths {list(weight.shape[1:])}: grouped_mm "
-            "needs float32, bfloat16 or float16 and widths that are multiples of 16 bytes; use 'auto'"
-        )
-    function = _GroupedLinear if backend == "grouped" else _SegmentLinear
-    return cast(Tensor, function.apply(x, weight, bias, offsets, dropless))
-
-
-def grouped_mm_is_legal(dims: Sequence[int], dtype: torch.dtype) -> bool:
-    """Whether `grouped_mm` takes these row lengths: multiples of 16 bytes, no float64."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or not hasattr(F, "grouped_mm"):
-        return False
-    return all(dim > 0 and dim * dtype.itemsize % 16 == 0 for dim in dims)
+        backend = "grouped" if grouped_mm_is_legal(weight.shape[1:], x.dtype) else "segment"
+    check_legal(backend, weight.shape[1:], x.dtype)
+    return cast(Tensor, _GroupedLinear.apply(x, weight, bias, offsets, dropless, backend))
 
 
 def select_backend(
@@ -65,23 +51,24 @@ def select_backend(
     """How to compute MLP experts of layer widths `dims` (input first) on `tokens` with `top_k` slots each.
 
     "dense": all experts on all tokens, nothing sorted. "grouped", "segment": rows sorted by expert, see
-    `grouped_linear`. "padded": sorted rows padded to equal groups, batched matmul.
-    CPU thresholds are measured; CUDA thresholds are estimates.
+    `grouped_linear`. "padded": sorted rows padded to equal groups, batched matmul. "gather": a few rows
+    without gradients, one after another. CPU thresholds are measured; CUDA thresholds are estimates.
     """
-    legal = grouped_mm_is_legal(dims, dtype)
     if override != "auto":
         if override not in BACKENDS:
             raise ValueError(f"backend={override!r} must be 'auto' or one of {', '.join(BACKENDS)}")
         return override
+    legal = grouped_mm_is_legal(dims, dtype)
+    compiling = torch.compiler.is_compiling()
+    if device.type == "cpu" and not compiling and tokens * top_k <= FEW_ROWS and not torch.is_grad_enabled():
+        return "gather"
     if 4 * top_k >= 3 * num_experts:
         return "dense"  # little to skip, and no sort
-    if torch.compiler.is_compiling():
-        # The others read group sizes on the host, and torch 2.14 cannot trace grouped_mm in float32.
-        return "grouped" if legal and dtype == torch.bfloat16 else "dense"
     largest = max(a * b for a, b in pairwise(dims))
     rows_per_expert = tokens * top_k / num_experts
     if device.type == "cpu":
-        if dtype in (torch.bfloat16, torch.float16) and rows_per_expert < 128 and largest <= 2**14:
+        low = dtype in (torch.bfloat16, torch.float16)
+        if low and rows_per_expert < 128 and largest <= 2**14 and not compiling:
             return "padded"  # the fixed cost of a bf16 matmul exceeds that of the padding
         return "grouped" if legal else "segment"
     if device.type == "cuda":
@@ -89,8 +76,37 @@ def select_backend(
             return "grouped"
         # Elsewhere grouped_mm is a loop that waits for the device.
         flops = 2 * tokens * num_experts * sum(a * b for a, b in pairwise(dims))
-        return "dense" if flops < 1e10 or num_experts <= 4 * top_k else "padded"
+        return "dense" if flops < 1e10 or num_experts <= 4 * top_k or compiling else "padded"
     return "segment"
+
+
+def grouped_mm_is_legal(dims: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether `grouped_mm` takes these row lengths: multiples of 16 bytes, no float64."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or not hasattr(F, "grouped_mm"):
+        return False
+    return all(dim > 0 and dim * dtype.itemsize % 16 == 0 for dim in dims)
+
+
+def check_legal(backend: str, dims: Sequence[int], dtype: torch.dtype) -> None:
+    """Raise ValueError where "grouped" was asked for and cannot run."""
+    if backend == "grouped" and not grouped_mm_is_legal(dims, dtype):
+        raise ValueError(
+            f"backend='grouped' cannot run {dtype} layers of widths {list(dims)}: grouped_mm "
+            "needs float32, bfloat16 or float16 and widths that are multiples of 16 bytes; use 'auto'"
+        )
+
+
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """What the experts compute in: the dtype of autocast where it is on, else that of `x`."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def follow_autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in the dtype of autocast where it is on."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return (x, *tensors)
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(tensor if tensor is None else tensor.to(dtype) for tensor in (x, *tensors))
 
 
 def group_sizes(offsets: Int32[Tensor, "experts"]) -> list[int]:
@@ -106,34 +122,39 @@ def row_experts(offsets: Int32[Tensor, "experts"], rows: int) -> Tensor:
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, dropless: bool) -> Tensor:
-        offsets, tail = _close(offsets, x.shape[0], dropless)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        offsets: Tensor,
+        dropless: bool,
+        backend: SortedBackend,
+    ) -> Tensor:
+        offsets, tail = close(offsets, x.shape[0], dropless)
         x = x.contiguous() if tail is None else x.masked_fill(tail, 0.0).contiguous()
         ctx.save_for_backward(x, weight, offsets, tail)
-        out = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+        ctx.backend = backend
+        out = matmul(x, weight, offsets, backend)
         if bias is not None:
-            out += bias.index_select(0, row_experts(offsets, x.shape[0]))
+            add_bias(out, bias, row_experts(offsets, x.shape[0]))
         return out if tail is None else out.masked_fill_(tail, 0.0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, offsets, tail = ctx.saved_tensors
         # Expanded gradients, as of sum(), have strides that grouped_mm refuses.
         grad = grad.contiguous() if tail is None else grad.masked_fill(tail, 0.0).contiguous()
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = F.grouped_mm(grad, weight.contiguous(), offs=offsets)
-        if ctx.needs_input_grad[1]:
-            grad_weight = F.grouped_mm(grad.t(), x, offs=offsets)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.new_zeros(weight.shape[:2])
-            grad_bias.index_add_(0, row_experts(offsets, x.shape[0]), grad)
-        return grad_x, grad_weight, grad_bias, None, None
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        grad_x = grad_input(grad, weight, offsets, ctx.backend) if needs_x else None
+        grad_w = grad_weight(grad, x, offsets, ctx.backend) if needs_weight else None
+        grad_bias = bias_gradient(grad, offsets) if needs_bias else None
+        return grad_x, grad_w, grad_bias, None, None, None
 
 
-def _close(offsets: Tensor, rows: int, dropless: bool) -> tuple[Tensor, Tensor | None]:
-    """Offsets that cover every row, and a mask of the tail that this adds to the last expert.
+def close(offsets: Tensor, rows: int, dropless: bool) -> tuple[Tensor, Tensor | None]:
+    """Offsets that cover every row, and a mask [rows, 1] of the tail that this adds to the last expert.
 
     grouped_mm leaves rows behind the last offset uninitialised; computing and then masking them needs
     neither their number on the host nor a second kernel.
@@ -145,50 +166,94 @@ def _close(offsets: Tensor, rows: int, dropless: bool) -> tuple[Tensor, Tensor |
     return closed, tail[:, None]
 
 
-class _SegmentLinear(torch.autograd.Function):
-    """One matmul per expert that has rows, written in place."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, dropless: bool) -> Tensor:
-        sizes = group_sizes(offsets)
-        ctx.save_for_backward(x, weight)
-        ctx.sizes = sizes
-        out = x.new_empty(x.shape[0], weight.shape[1])
-        biases = [None] * len(sizes) if bias is None else bias.unbind()
-        for rows, target, w, b in zip(
-            _segments(x, sizes), _segments(out, sizes), weight.transpose(1, 2).unbind(), biases, strict=True
-        ):
-            if rows.shape[0] == 0:
-                continue
-            if b is None:
-                torch.mm(rows, w, out=target)
-            else:
-                torch.addmm(b, rows, w, out=target)
-        out[sum(sizes) :] = 0.0
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
-        sizes = ctx.sizes
-        grad = grad.contiguous()
-        grads = _segments(grad, sizes)
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.empty_like(x)
-            for g, target, w in zip(grads, _segments(grad_x, sizes), weight.unbind(), strict=True):
-                if g.shape[0]:
-                    torch.mm(g, w, out=target)
-            grad_x[sum(sizes) :] = 0.0
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.empty_like(weight)
-            for g, rows, target in zip(grads, _segments(x, sizes), grad_weight.unbind(), strict=True):
-                torch.mm(g.t(), rows, out=target)  # zero for an expert without rows
-        if ctx.needs_input_grad[2]:
-            grad_bias = torch.stack([g.sum(0) for g in grads])
-        return grad_x, grad_weight, grad_bias, None, None
+# The four products below take offsets that cover every row, and contiguous rows.
 
 
-def _segments(rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    return torch.split(rows[: sum(sizes)], sizes)
+def matmul(x: Tensor, weight: Tensor, offsets: Tensor, backend: SortedBackend) -> Tensor:
+    """`x[r] @ weight[e].T`: [rows, in] with [experts, out, in]."""
+    if backend == "grouped" and _direct(x):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+    return cast(Tensor, _op_or_function(_matmul_op, _matmul)(x, weight, offsets, backend))
+
+
+def grad_input(grad: Tensor, weight: Tensor, offsets: Tensor, backend: SortedBackend) -> Tensor:
+    """`grad[r] @ weight[e]`: [rows, out] with [experts, out, in]."""
+    if backend == "grouped" and _direct(grad):
+        return F.grouped_mm(grad, weight.contiguous(), offs=offsets)
+    return cast(Tensor, _op_or_function(_grad_input_op, _grad_input)(grad, weight, offsets, backend))
+
+
+def grad_weight(grad: Tensor, x: Tensor, offsets: Tensor, backend: SortedBackend) -> Tensor:
+    """`Σ_r grad[r] ⊗ x[r]` per expert: [experts, out, in]."""
+    if backend == "grouped" and _direct(grad):
+        return F.grouped_mm(grad.t(), x, offs=offsets)
+    return cast(Tensor, _op_or_function(_grad_weight_op, _grad_weight)(grad, x, offsets, backend))
+
+
+def bias_gradient(grad: Float[Tensor, "rows out"], offsets: Int32[Tensor, "experts"]) -> Float[Tensor, "experts out"]:
+    """`Σ_r grad[r]` per expert."""
+    starts = torch.cat([offsets.new_zeros(1), offsets[:-1]])
+    rows = torch.arange(grad.shape[0], dtype=torch.int32, device=grad.device)
+    return F.embedding_bag(rows, grad, starts, mode="sum")
+
+
+def add_bias(rows: Tensor, bias: Tensor, expert: Tensor) -> None:
+    """`rows[r] += bias[expert[r]]`."""
+    rows.add_(bias.index_select(0, expert))
+
+
+def _matmul(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) -> Tensor:
+    if backend == "grouped":
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    sizes = group_sizes(offsets)
+    for rows, target, w in zip(x.split(sizes), out.split(sizes), weight.transpose(1, 2).unbind(), strict=True):
+        if rows.shape[0]:
+            torch.mm(rows, w, out=target)
+    return out
+
+
+def _grad_input(grad: Tensor, weight: Tensor, offsets: Tensor, backend: str) -> Tensor:
+    if backend == "grouped":
+        return F.grouped_mm(grad, weight.contiguous(), offs=offsets)
+    return _matmul(grad, weight.transpose(1, 2), offsets, backend)
+
+
+def _grad_weight(grad: Tensor, x: Tensor, offsets: Tensor, backend: str) -> Tensor:
+    if backend == "grouped":
+        return F.grouped_mm(grad.t(), x, offs=offsets)
+    sizes = group_sizes(offsets)
+    out = x.new_empty(len(sizes), grad.shape[1], x.shape[1])
+    for g, rows, target in zip(grad.split(sizes), x.split(sizes), out.unbind(), strict=True):
+        torch.mm(g.t(), rows, out=target)  # zero for an expert without rows
+    return out
+
+
+# torch 2.14 cannot trace grouped_mm in float32, and the loops read the offsets: a compiled graph calls the
+# same functions as opaque operators.
+def _direct(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() or (x.dtype == torch.bfloat16 and x.device.type == "cuda")
+
+
+def _op_or_function(operator: Any, function: Any) -> Any:
+    return operator if torch.compiler.is_compiling() else function
+
+
+_matmul_op = torch.library.custom_op("moezoo::grouped_matmul", _matmul, mutates_args=())
+_grad_input_op = torch.library.custom_op("moezoo::grouped_grad_input", _grad_input, mutates_args=())
+_grad_weight_op = torch.library.custom_op("moezoo::grouped_grad_weight", _grad_weight, mutates_args=())
+
+
+@_matmul_op.register_fake
+def _(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@_grad_input_op.register_fake
+def _(grad: Tensor, weight: Tensor, offsets: Tensor, backend: str) -> Tensor:
+    return grad.new_empty(grad.shape[0], weight.shape[2])
+
+
+@_grad_weight_op.register_fake
+def _(grad: Tensor, x: Tensor, offsets: Tensor, backend: str) -> Tensor:
+    return x.new_empty(offsets.shape[0], grad.shape[1], x.shape[1])

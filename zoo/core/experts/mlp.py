@@ -4,15 +4,27 @@ from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int, Int32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..dispatch import Plan
-from ..grouped import BACKENDS, Backend, group_sizes, grouped_linear, row_experts, select_backend
+from ..activations import ACTIVATIONS, GATED, Activation, activate
+from ..dispatch import Plan, combine, dispatch, sum_rows
+from ..fused import routed_mlp
+from ..grouped import (
+    BACKENDS,
+    Backend,
+    SortedBackend,
+    check_legal,
+    computing_dtype,
+    follow_autocast,
+    group_sizes,
+    grouped_linear,
+    grouped_mm_is_legal,
+    row_experts,
+    select_backend,
+)
 from .base import Experts, mix
-
-Activation = Literal["relu", "gelu", "silu", "tanh", "swiglu"]
 
 
 class StackedLinear(nn.Module):
@@ -56,7 +68,8 @@ class MLPExperts(Experts):
     Args:
         hidden: width of the hidden layer, or of each of several; none at all makes linear experts.
         out: output width, `dim` by default.
-        act: after each hidden layer; "swiglu" doubles the layer and gates one half with the other.
+        act: after each hidden layer; "reglu", "geglu" and "swiglu" double the layer and gate one half with the
+            other.
         dropout: after each activation.
         backend: how to compute sorted rows, see `select_backend`; "auto" decides by shape.
     """
@@ -73,8 +86,8 @@ class MLPExperts(Experts):
         backend: Backend | Literal["auto"] = "auto",
     ) -> None:
         super().__init__(num_experts)
-        if act not in ("relu", "gelu", "silu", "tanh", "swiglu"):
-            raise ValueError(f"act={act!r} must be one of relu, gelu, silu, tanh, swiglu")
+        if act not in ACTIVATIONS:
+            raise ValueError(f"act={act!r} must be one of {', '.join(ACTIVATIONS)}")
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f"backend={backend!r} must be 'auto' or one of {', '.join(BACKENDS)}")
         hidden = [hidden] if isinstance(hidden, int) else list(hidden)
@@ -86,11 +99,12 @@ class MLPExperts(Experts):
         self.act = act
         self.dropout = dropout
         self.backend: Backend | Literal["auto"] = backend
-        gated = 2 if act == "swiglu" else 1
+        gated = 2 if act in GATED else 1
         produced = [gated * width for width in hidden] + [self.out]
         self.layers = nn.ModuleList(
             StackedLinear(num_experts, i, o, bias) for i, o in zip(widths, produced, strict=False)
         )
+        self.dims = [dim, *(size for layer in self._stack() for size in layer.weight.shape[1:]), self.out]
 
     def forward(
         self,
@@ -99,19 +113,50 @@ class MLPExperts(Experts):
         *,
         backend: Backend | Literal["auto"] = "auto",
     ) -> Float[Tensor, "rows out"]:
-        if backend == "auto":
-            backend = self.select(x_sorted, plan.row.shape[1], tokens=plan.row.shape[0])
-            skewed = backend == "padded" and plan.counts.max() * self.num_experts > 2 * plan.slot.numel()
-            backend = "segment" if skewed or backend == "dense" else backend  # the rows are sorted already
+        backend = self._sorted_backend(backend, x_sorted, plan)
         if backend == "padded":
             return self._padded(x_sorted, plan)
-        if backend == "dense":
-            raise ValueError("backend='dense' takes unsorted tokens: call dense()")
         h = x_sorted
         *hidden, last = self._stack()
         for layer in hidden:
             h = self._activate(layer.sorted(h, plan.offsets, backend, plan.dropless))
         return last.sorted(h, plan.offsets, backend, plan.dropless)
+
+    def routed(
+        self,
+        x: Float[Tensor, "tokens dim"],
+        weights: Float[Tensor, "tokens k"],
+        plan: Plan,
+        *,
+        backend: Backend | Literal["auto"] = "auto",
+    ) -> Float[Tensor, "tokens out"]:
+        backend = self._sorted_backend(backend, x, plan)
+        if backend == "padded" or (self.dropout > 0 and self.training):
+            return combine(self(dispatch(x, plan), plan, backend=backend), weights, plan)
+        layers = [(layer.weight, layer.bias) for layer in self._stack()]
+        return routed_mlp(x, weights, plan, layers, self.act, backend)
+
+    def gather(
+        self, x: Float[Tensor, "tokens dim"], weights: Float[Tensor, "tokens k"], indices: Int[Tensor, "tokens k"]
+    ) -> Float[Tensor, "tokens out"]:
+        """One small product per pair of token and expert: the quickest for a token or two on a CPU, without gradients.
+
+        Every index must name an expert.
+        """
+        x = follow_autocast(x)[0]
+        weights = weights.to(x.dtype)
+        *hidden, (weight, bias) = [follow_autocast(layer.weight, layer.bias) for layer in self._stack()]
+        experts = indices.reshape(-1).tolist()
+        h = x.repeat_interleave(indices.shape[1], dim=0)
+        for w, b in hidden:
+            rows = zip(h.unbind(), experts, strict=True)
+            h = self._activate(torch.stack([_affine(w[e], row, None if b is None else b[e]) for row, e in rows]))
+        h = h * weights.reshape(-1, 1)
+        y = x.new_zeros(x.shape[0], self.out) if bias is None else sum_rows(bias, indices, weights)
+        targets = [row for row in y.unbind() for _ in range(indices.shape[1])]
+        for target, row, e in zip(targets, h.unbind(), experts, strict=True):
+            target.addmv_(weight[e], row)
+        return y
 
     def dense(
         self, x: Float[Tensor, "tokens dim"], weights: Float[Tensor, "tokens experts"] | None = None
@@ -126,17 +171,29 @@ class MLPExperts(Experts):
         return h.transpose(0, 1) if weights is None else mix(h.transpose(0, 1), weights)
 
     def select(self, x: Tensor, top_k: int, tokens: int | None = None) -> Backend:
-        autocast = torch.is_autocast_enabled(x.device.type)
-        layers = self._stack()
         return select_backend(
             tokens=x.shape[0] if tokens is None else tokens,
             top_k=top_k,
             num_experts=self.num_experts,
-            dims=[self.dim, *(size for layer in layers for size in layer.weight.shape[1:]), self.out],
-            dtype=torch.get_autocast_dtype(x.device.type) if autocast else x.dtype,
+            dims=self.dims,
+            dtype=computing_dtype(x),
             device=x.device,
             override=self.backend,
         )
+
+    def _sorted_backend(
+        self, backend: Backend | Literal["auto"], x: Tensor, plan: Plan
+    ) -> SortedBackend | Literal["padded"]:
+        """The backend for rows that are sorted already, or soon will be."""
+        if backend == "auto":
+            backend = self.select(x, plan.row.shape[1], tokens=plan.row.shape[0])
+            if backend == "padded" and self.backend == "auto" and _skewed(plan):
+                backend = "segment"
+        dtype = computing_dtype(x)
+        if backend in ("dense", "gather"):  # these take unsorted tokens
+            backend = "grouped" if grouped_mm_is_legal(self.dims, dtype) else "segment"
+        check_legal(backend, self.dims, dtype)
+        return cast(SortedBackend | Literal["padded"], backend)
 
     def _padded(self, x_sorted: Float[Tensor, "rows dim"], plan: Plan) -> Float[Tensor, "rows out"]:
         """Groups padded to the largest one: batched matmuls instead of one per expert."""
@@ -153,13 +210,7 @@ class MLPExperts(Experts):
         return F.pad(y, (0, 0, 0, x_sorted.shape[0] - total))
 
     def _activate(self, h: Tensor) -> Tensor:
-        if self.act == "swiglu":
-            gate, value = h.chunk(2, dim=-1)
-            h = F.silu(gate) * value
-        elif self.act == "tanh":
-            h = h.tanh()
-        else:
-            h = F.relu(h) if self.act == "relu" else F.gelu(h) if self.act == "gelu" else F.silu(h)
+        h = activate(h, self.act)
         return F.dropout(h, self.dropout, self.training) if self.dropout > 0 else h
 
     def _stack(self) -> list[StackedLinear]:
@@ -167,3 +218,12 @@ class MLPExperts(Experts):
 
     def extra_repr(self) -> str:
         return f"act={self.act}, dropout={self.dropout}, backend={self.backend}"
+
+
+def _affine(weight: Float[Tensor, "out dim"], x: Float[Tensor, "dim"], bias: Tensor | None) -> Float[Tensor, "out"]:
+    return torch.mv(weight, x) if bias is None else torch.addmv(bias, weight, x)
+
+
+def _skewed(plan: Plan) -> bool:
+    """Whether padding to the busiest expert would more than double the rows; waits for the device."""
+    return bool(plan.counts.max() * plan.num_experts > 2 * plan.slot.numel())
