@@ -1,5 +1,8 @@
 """Switch, straight-through, expert choice, null and hash routers: the property that defines each."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -181,3 +184,53 @@ def test_straight_through_takes_any_gate():
     x = torch.randn(5, 4)
     a, b = (router(x, task_id=torch.full((5,), t)).indices for t in (0, 1))
     assert not torch.equal(a, b)
+
+
+COMPILE = """
+import warnings; warnings.filterwarnings("ignore")
+import torch
+from moezoo.zoo.core import *
+
+torch.manual_seed(0)
+torch._dynamo.config.error_on_recompile = True
+routers = {
+    "topk": TopKRouter(8, 6, 2, z_coef=0.1),
+    "sigmoid groups bias": TopKRouter(8, 6, 2, "sigmoid", num_groups=3, topk_groups=2, balance="bias"),
+    "extra, capacity": TopKRouter(8, 6, 2, num_extra=2, capacity_factor=0.5, priority="prob"),
+    "sequences": TopKRouter(8, 6, 2, balance="seq_aux"),
+    "dense": DenseRouter(8, 6, 2.0, activation=torch.tanh, bias=True),
+    "switch": SwitchRouter(8, 6, gate=TaskGate(8, 6, 2)),
+    "noisy": NoisyTopKRouter(8, 6, 2, capacity_factor=1.0).eval(),
+    "straight": StraightThroughRouter(8, 6),
+    "choice": ExpertChoiceRouter(8, 6),
+    "null": NullExpertRouter(8, 6, 2, 3),
+    "hash": HashRouter(6),
+    "fixed": FixedRouter(6),
+}
+for name, router in routers.items():
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
+    torch._dynamo.reset()
+    compiled = torch.compile(router, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (40, 12):
+        x = torch.randn(tokens, 8, requires_grad=True)
+        kw = {"task_id": torch.arange(tokens) % 2}
+        if name == "sequences":
+            kw["sequence_id"] = torch.arange(tokens) // 7
+        plain, traced = router(x, **kw), compiled(x, **kw)
+        assert torch.equal(plain.indices, traced.indices), name
+        for field in ("weights", "scores", "logits", "aux_loss"):
+            torch.testing.assert_close(getattr(plain, field), getattr(traced, field), msg=name)
+        if plain.weights.requires_grad:
+            (traced.weights.square().sum() + traced.aux_loss).backward()
+            assert torch.isfinite(x.grad).all(), name
+    if name == "sigmoid groups bias":
+        assert router.expert_counts.sum() == 2 * 2 * 52
+print("compiled", len(routers))
+"""
+
+
+def test_every_router_traces_as_one_graph_with_dynamic_batches():
+    """In its own process: the shape-checking import hook of the tests does not trace."""
+    ran = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=240)
+    assert "compiled 12" in ran.stdout, ran.stderr[-3000:]
