@@ -7,7 +7,7 @@ import copy
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
@@ -111,15 +111,20 @@ class ParallelExperts(Experts):
     ) -> Float[Tensor, "tokens *out_dims"]:
         tokens = x.shape[0]
         everyone = torch.arange(self.num_experts, device=x.device).expand(tokens, -1)
-        plan = make_plan(everyone, self.num_experts, dropless=True)
-        y = self(dispatch(x, plan), plan)
         if weights is not None:
-            return combine(y, weights, plan)
+            return self.gather(x, weights, everyone)
+        plan = make_plan(everyone, self.num_experts, dropless=True)
+        y: Tensor = self(dispatch(x, plan), plan)
         return y.view(self.num_experts, tokens, *y.shape[1:]).transpose(0, 1)
 
+    def gather(
+        self, x: Float[Tensor, "tokens *dims"], weights: Float[Tensor, "tokens k"], indices: Int[Tensor, "tokens k"]
+    ) -> Float[Tensor, "tokens *out_dims"]:
+        plan = make_plan(indices, self.num_experts, dropless=True)
+        return combine(self(dispatch(x, plan), plan), weights, plan)
+
     def select(self, x: Tensor, top_k: int) -> Backend:
-        backend = self.local.select(x, top_k)
-        return "segment" if backend == "dense" else backend  # tokens have to be sorted to travel
+        return "segment"  # rows have to be sorted to travel; each rank then chooses for what it received
 
     def train(self, mode: bool = True) -> "ParallelExperts":
         self.local.training = mode
@@ -132,7 +137,6 @@ class ParallelExperts(Experts):
             ranks = self.mesh.size()
             for shard in shards.values():
                 if shard.requires_grad:
-                    # Not on the DTensor: hooks that run after its gradient was accumulated change nothing.
                     shard.register_hook(lambda grad: grad / ranks)
         return shards
 

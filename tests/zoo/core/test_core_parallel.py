@@ -163,8 +163,11 @@ def check_no_grad_and_dropout_mode():
     with torch.no_grad():
         trained = module(my_part(x, [3, 3]))
         y = module.eval()(my_part(x, [3, 3]))
+        module.backend = "gather"
+        gathered = module(my_part(x, [3, 3]))
     want = my_part(whole(x), [3, 3])
     torch.testing.assert_close(y, want.detach(), **EXACT)
+    torch.testing.assert_close(gathered, want.detach(), **EXACT)
     assert type(y + 0) is torch.Tensor and not torch.allclose(trained, y)
 
 
@@ -340,7 +343,7 @@ def two_processes(tmp_path_factory):
     ]
     try:
         for process in processes:
-            process.wait(timeout=120)
+            process.wait(timeout=300)
     finally:
         for process in processes:
             process.kill()
