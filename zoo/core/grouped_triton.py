@@ -25,21 +25,11 @@ def triton_grouped_linear(
     offsets: Int32[Tensor, "experts"],
     bias: Float[Tensor, "experts out_dim"] | None = None,
 ) -> Float[Tensor, "rows out_dim"]:
-    """`y[r] = x[r] @ weight[e].T + bias[e]` where row r lies before `offsets[e]`.
+    """`y[r] = x[r] @ weight[e].T + bias[e]` where row r lies before `offsets[e]`; differentiable.
 
     Rows behind the last offset give zero and get no gradient. Any size; float32, float16 or bfloat16, the
     same for all. Raises ValueError for other dtypes, an empty weight, and CPU tensors unless triton interprets.
     """
-    dtypes = {x.dtype, weight.dtype} | ({bias.dtype} if bias is not None else set())
-    if len(dtypes) > 1 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"backend='triton' cannot mix or run {', '.join(sorted(map(str, dtypes)))}: it needs one of float32, "
-            "float16, bfloat16 for rows, weights and biases; use 'auto'"
-        )
-    if 0 in weight.shape:
-        raise ValueError(f"weight of shape {list(weight.shape)} has no elements: experts and widths must be positive")
-    if x.device.type == "cpu" and not _INTERPRETED:
-        raise ValueError("backend='triton' needs tensors on a GPU, these are on the CPU; use 'auto'")
     return cast(Tensor, _TritonLinear.apply(x, weight, bias, offsets))
 
 
@@ -48,7 +38,7 @@ class _TritonLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
         x, offsets = x.contiguous(), offsets.contiguous()
         ctx.save_for_backward(x, weight, offsets)
-        return _linear(x, weight, None if bias is None else bias.contiguous(), offsets)
+        return triton_matmul(x, weight, offsets, None if bias is None else bias.contiguous())
 
     @staticmethod
     @once_differentiable
@@ -57,13 +47,20 @@ class _TritonLinear(torch.autograd.Function):
         grad = grad.contiguous()
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = _linear(grad, weight.transpose(1, 2), None, offsets)
+            grad_x = triton_matmul(grad, weight.transpose(1, 2), offsets)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            grad_weight, grad_bias = _weight_gradients(grad, x, offsets, with_bias=ctx.needs_input_grad[2])
+            grad_weight, grad_bias = triton_weight_gradients(grad, x, offsets, with_bias=ctx.needs_input_grad[2])
         return grad_x, grad_weight, grad_bias, None
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+def triton_matmul(
+    x: Float[Tensor, "rows in_dim"],
+    weight: Float[Tensor, "experts out_dim in_dim"],
+    offsets: Int32[Tensor, "experts"],
+    bias: Float[Tensor, "experts out_dim"] | None = None,
+) -> Float[Tensor, "rows out_dim"]:
+    """`triton_grouped_linear` without its gradient. All but the weight contiguous."""
+    _check(x, weight, bias)
     (rows, in_dim), (experts, out_dim, _) = x.shape, weight.shape
     out = x.new_empty(rows, out_dim)
     if rows == 0:
@@ -84,7 +81,13 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> 
     return out
 
 
-def _weight_gradients(grad: Tensor, x: Tensor, offsets: Tensor, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+def triton_weight_gradients(
+    grad: Float[Tensor, "rows out_dim"],
+    x: Float[Tensor, "rows in_dim"],
+    offsets: Int32[Tensor, "experts"],
+    with_bias: bool = False,
+) -> tuple[Float[Tensor, "experts out_dim in_dim"], Float[Tensor, "experts out_dim"] | None]:
+    """`Σ_r grad[r] ⊗ x[r]` per expert and, if asked for, `Σ_r grad[r]`. All contiguous."""
     (rows, out_dim), in_dim, experts = grad.shape, x.shape[1], offsets.shape[0]
     largest = _largest_block(in_dim, out_dim)
     block_o, block_i, block_r = _block(out_dim, largest), _block(in_dim, largest), largest // x.element_size()
@@ -105,6 +108,19 @@ def _weight_gradients(grad: Tensor, x: Tensor, offsets: Tensor, with_bias: bool)
         grad_weight.sum(1).to(x.dtype) if splits > 1 else grad_weight.squeeze(1),
         None if grad_bias is None else grad_bias.sum(1).to(x.dtype),
     )
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    dtypes = {x.dtype, weight.dtype, x.dtype if bias is None else bias.dtype}
+    if len(dtypes) > 1 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"backend='triton' cannot mix or run {', '.join(sorted(map(str, dtypes)))}: it needs one of float32, "
+            "float16, bfloat16 for rows, weights and biases; use 'auto'"
+        )
+    if 0 in weight.shape:
+        raise ValueError(f"weight of shape {list(weight.shape)} has no elements: experts and widths must be positive")
+    if x.device.type == "cpu" and not _INTERPRETED:
+        raise ValueError("backend='triton' needs tensors on a GPU, these are on the CPU; use 'auto'")
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:
@@ -129,7 +145,8 @@ def _warps(elements: int) -> int:
     return 8 if elements >= 128 * 64 else 4
 
 
-@torch.compiler.assume_constant_result  # its setting is among the guards of a compiled graph
+# A constant of the compiled graph, which is guarded by the settings of matmul as a whole.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
