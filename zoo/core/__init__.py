@@ -3,9 +3,22 @@
 from typing import TYPE_CHECKING, Any
 
 from .dispatch import Plan, combine, dispatch, make_plan
-from .experts import Experts, MLPExperts, ModuleExperts, StackedLinear
+from .experts import (
+    ConstantExpert,
+    ConvExperts,
+    CopyExpert,
+    Experts,
+    LinearExperts,
+    LoRAExperts,
+    LoRALinear,
+    MLPExperts,
+    ModuleExperts,
+    RecurrentExperts,
+    StackedLinear,
+    ZeroExpert,
+)
 from .grouped import grouped_linear, select_backend
-from .moe import MoE
+from .moe import MoE, MultiGateMoE, fine_grained_moe
 from .routing import (
     DenseRouter,
     ExpertChoiceRouter,
@@ -28,19 +41,27 @@ if TYPE_CHECKING:
     from .parallel import shard_experts
 
 __all__ = [
+    "ConstantExpert",
+    "ConvExperts",
+    "CopyExpert",
     "DenseRouter",
     "ExpertChoiceRouter",
     "Experts",
     "FixedRouter",
     "Gate",
     "HashRouter",
+    "LinearExperts",
     "LinearGate",
+    "LoRAExperts",
+    "LoRALinear",
     "MLPExperts",
     "MoE",
     "ModuleExperts",
+    "MultiGateMoE",
     "NoisyTopKRouter",
     "NullExpertRouter",
     "Plan",
+    "RecurrentExperts",
     "Router",
     "Routing",
     "StackedLinear",
@@ -48,8 +69,10 @@ __all__ = [
     "SwitchRouter",
     "TaskGate",
     "TopKRouter",
+    "ZeroExpert",
     "combine",
     "dispatch",
+    "fine_grained_moe",
     "grouped_linear",
     "make_plan",
     "select_backend",

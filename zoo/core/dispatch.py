@@ -61,7 +61,7 @@ def make_plan(indices: Int[Tensor, "tokens k"], num_experts: int, *, dropless: b
     offsets = torch.searchsorted(keys, experts, right=True, out_int32=True)
     rows = torch.arange(tokens * k, device=slot.device)
     row = torch.empty_like(slot).scatter_(0, slot, rows).view(tokens, k)
-    token = slot if k == 1 else slot >> (k.bit_length() - 1) if k & (k - 1) == 0 else slot // k
+    token = slot >> (k.bit_length() - 1) if k & (k - 1) == 0 else slot // k  # shifting is quicker
     expert = keys.to(torch.int32)
     return Plan(slot, token, row, expert if dropless else expert.clamp_max(num_experts - 1), offsets, dropless)
 

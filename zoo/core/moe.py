@@ -96,7 +96,7 @@ class MoE(nn.Module):
         experts, real = self.experts, self.experts.num_experts
         backend = experts.select(x, routing.top_k) if self.backend == "auto" else self.backend
         if backend == "dense":
-            y = experts.dense(x, routing.dense_weights()[:, :real])
+            y = experts.dense(x, routing.dense_weights())
         elif backend == "gather" and routing.dropless:
             y = experts.gather(x, routing.weights, routing.indices)
         else:
@@ -107,7 +107,7 @@ class MoE(nn.Module):
     def _with_extra(
         self, x: Float[Tensor, "tokens dim"], routing: Routing, y: Float[Tensor, "tokens dim"]
     ) -> Float[Tensor, "tokens dim"]:
-        weights = routing.dense_weights()[:, self.experts.num_experts :].to(y.dtype).unbind(1)
+        weights = routing.dense_weights(extra=True)[:, self.experts.num_experts :].to(y.dtype).unbind(1)
         for weight, expert in zip(weights, self.extra_experts, strict=True):
             if not isinstance(expert, ZeroExpert):
                 y = y + weight[:, None] * expert(x)

@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,16 @@ from hypothesis import strategies as st
 from moezoo.zoo.core import DenseRouter, FixedRouter, MLPExperts, ModuleExperts, MoE, NoisyTopKRouter, TopKRouter
 from torch import nn
 from torch.nn import functional as F
+
+
+def gated(act):
+    return lambda h: act(h[: len(h) // 2]) * h[len(h) // 2 :]
+
+
+ACTS = {
+    "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh,
+    "reglu": gated(F.relu), "geglu": gated(F.gelu), "swiglu": gated(F.silu),
+}  # fmt: skip
 
 
 def loop_reference(x, weights, indices, experts):
@@ -24,10 +32,8 @@ def loop_reference(x, weights, indices, experts):
                 h = token
                 for i, layer in enumerate(experts.layers):
                     h = F.linear(h, layer.weight[e], None if layer.bias is None else layer.bias[e])
-                    if i < len(experts.layers) - 1 and experts.act == "swiglu":
-                        h = F.silu(h[: len(h) // 2]) * h[len(h) // 2 :]
-                    elif i < len(experts.layers) - 1:
-                        h = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}[experts.act](h)
+                    if i < len(experts.layers) - 1:
+                        h = ACTS[experts.act](h)
                 y = y + w * h
         rows.append(y)
     return torch.stack(rows) if rows else x.new_zeros(0, experts.out)
@@ -56,7 +62,7 @@ def problems(draw, aligned=False):
     hidden = draw(st.lists(width, max_size=2))
     skewed = draw(st.booleans())
     seed = draw(st.integers(0, 2**16))
-    act = draw(st.sampled_from(["relu", "gelu", "silu", "tanh", "swiglu"]))
+    act = draw(st.sampled_from(sorted(ACTS)))
     g = torch.Generator().manual_seed(seed)
     preference = torch.rand(tokens, experts, generator=g) - 2.0 * skewed * torch.arange(experts)
     indices = preference.topk(k).indices
@@ -168,23 +174,31 @@ def test_padding_gives_zero_and_leaves_no_trace(backend):
     torch.testing.assert_close(routing.aux_loss, alone.aux_loss)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", ["dense", "segment", "padded", "grouped"])
-def test_bfloat16_autocast_keeps_the_gate_in_float32(backend):
+def test_autocast_keeps_the_gate_in_float32(backend, dtype):
     torch.manual_seed(0)
     moe = MoE(TopKRouter(8, 4, 2), MLPExperts(4, 8, 16), backend=backend)
     x = torch.randn(40, 8)
     exact, routing = moe(x, return_routing=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         y, cast = moe(x, return_routing=True)
-    assert y.dtype == torch.bfloat16 and cast.weights.dtype == torch.float32
+    assert y.dtype == dtype and cast.weights.dtype == torch.float32
     torch.testing.assert_close(cast.weights, routing.weights, rtol=0, atol=0)
     torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.02)
     y.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in moe.parameters())
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("backend", ["dense", "segment", "padded", "grouped"])
-def test_runs_are_bitwise_repeatable(backend):
+def test_runs_are_bitwise_repeatable(backend, deterministic):
     torch.manual_seed(0)
     moe = MoE(TopKRouter(16, 8, 2), MLPExperts(8, 16, 32), backend=backend)
     x = torch.randn(64, 16, requires_grad=True)
@@ -233,6 +247,30 @@ def test_no_grad_gives_the_same_and_records_nothing_alive():
     assert not y.requires_grad and torch.equal(y, moe(x))
 
 
+@settings(max_examples=60, deadline=None)
+@given(problem=problems())
+def test_gathered_experts_equal_the_loop(problem):
+    p = problem
+    torch.manual_seed(p["seed"])
+    experts = MLPExperts(p["experts"], p["dim"], p["hidden"], p["out"], p["act"], p["bias"]).double()
+    router = GivenRouter(p["experts"], p["indices"], torch.randn(p["tokens"], p["k"], dtype=torch.float64))
+    x = torch.randn(p["tokens"], p["dim"], dtype=torch.float64)
+    with torch.no_grad():
+        want = loop_reference(x, router.weights, p["indices"], experts)
+        torch.testing.assert_close(MoE(router, experts, backend="gather")(x), want)
+
+
+def test_one_token_without_gradients_is_gathered(monkeypatch):
+    moe = MoE(TopKRouter(8, 4, 2), MLPExperts(4, 8, 16))
+    x, calls, original = torch.randn(1, 8), [], moe.experts.gather
+    monkeypatch.setattr(moe.experts, "gather", lambda *a: calls.append(1) or original(*a))
+    want = moe(x)
+    assert not calls
+    with torch.no_grad():
+        torch.testing.assert_close(moe(x), want)
+    assert calls
+
+
 def test_shared_expert_is_added_and_residual_mixes():
     torch.manual_seed(0)
     x, shared = torch.randn(6, 8), nn.Linear(8, 8)
@@ -268,28 +306,6 @@ def test_mistakes_are_named():
     moe = MoE(TopKRouter(7, 4, 2), MLPExperts(4, 7, 15), backend="grouped")
     with pytest.raises(ValueError, match="multiples of 16 bytes"):
         moe(torch.randn(5, 7))
-
-
-COMPILE = """
-import torch
-from moezoo.zoo.core import MLPExperts, MoE, TopKRouter
-torch.manual_seed(0)
-for dims, dtype in (((8, 16), torch.bfloat16), ((7, 15), torch.float32)):  # grouped and dense
-    moe = MoE(TopKRouter(dims[0], 4, 2), MLPExperts(4, *dims)).to(dtype)
-    x = torch.randn(24, dims[0], dtype=dtype, requires_grad=True)
-    def run(layer):
-        y, routing = layer(x, return_routing=True)
-        return [y, *torch.autograd.grad(y.square().sum() + routing.aux_loss, [x, *moe.parameters()])]
-    for a, b in zip(run(torch.compile(moe, fullgraph=True, backend="aot_eager")), run(moe), strict=True):
-        torch.testing.assert_close(a, b, **({"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {}))
-    assert moe.last_routing is not None
-"""
-
-
-def test_compiles_to_one_graph():
-    # Its own process: the tests' type checks are no part of what users compile.
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("skewed", [False, True])
