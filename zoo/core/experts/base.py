@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Literal
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -66,7 +67,9 @@ def mix(
     y: Float[Tensor, "tokens experts *dims"], weights: Float[Tensor, "tokens experts"]
 ) -> Float[Tensor, "tokens *dims"]:
     """Each token's outputs of all experts, weighted and summed."""
-    return (y * weights.to(y.dtype).view(*weights.shape, *[1] * (y.dim() - 2))).sum(1)
+    with torch.autocast(y.device.type, enabled=False):  # the sum keeps the dtype of y, as `combine` does
+        mixed = torch.bmm(weights.to(y.dtype)[:, None], y.reshape(*weights.shape, y.shape[2:].numel()))
+    return mixed.view(weights.shape[0], *y.shape[2:])
 
 
 def keep_own(y: Float[Tensor, "rows experts *dims"], plan: Plan) -> Float[Tensor, "rows *dims"]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import repeat
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -99,15 +99,14 @@ class ConvExperts(Experts):
 
     def _all(self, x: Tensor) -> Tensor:
         experts, groups = self.num_experts, self.groups
+        if groups == 1:
+            return cast(Tensor, self._convolve(x, self.weight, self.bias).unflatten(1, (experts, self.out_channels)))
+        # The wide convolution wants all experts of a channel group side by side.
         each = self.out_channels // groups
-        weight, bias = self.weight, self.bias
-        if groups > 1:  # the wide convolution wants all experts of a channel group side by side
-            weight = weight.unflatten(0, (experts, groups, each)).transpose(0, 1).flatten(0, 2)
-            bias = None if bias is None else bias.view(experts, groups, each).transpose(0, 1).flatten()
-        y = self._convolve(x, weight, bias)
-        if groups > 1:
-            return y.unflatten(1, (groups, experts, each)).transpose(1, 2).flatten(2, 3)
-        return y.unflatten(1, (experts, each))
+        weight = self.weight.unflatten(0, (experts, groups, each)).transpose(0, 1).flatten(0, 2)
+        bias = None if self.bias is None else self.bias.view(experts, groups, each).transpose(0, 1).flatten()
+        y = self._convolve(x, weight, bias).unflatten(1, (groups, experts, each))
+        return cast(Tensor, y.transpose(1, 2).flatten(2, 3))
 
     def _tail(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
         if outputs:

@@ -1,28 +1,35 @@
 """Arbitrary modules as experts."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..dispatch import Plan
-from ..grouped import Backend, group_sizes
-from .base import Experts, mix
+from ..grouped import group_sizes
+from .base import Experts, Sorted, mix
 
 
 class ModuleExperts(Experts):
     """Arbitrary modules as experts, [rows, ...] -> [rows, ...]; they run one after another.
 
-    An expert without rows in a batch is not called and gets no gradient: DistributedDataParallel then
-    needs `find_unused_parameters=True`. Prefer `MLPExperts` where the experts are MLPs of one shape.
+    Prefer `MLPExperts`, `ConvExperts` or `RecurrentExperts` where the experts are such, of one shape.
 
     Args:
         experts: the modules, or a factory that is called `num_experts` times.
+        call_idle: in training, also call experts without rows, on no rows, so that each of their parameters gets
+            a gradient of zero: DistributedDataParallel wants one (or `find_unused_parameters=True`). Costs a
+            call per idle expert, and moves the running statistics of a BatchNorm, so it is off by default: an
+            idle expert is then not called and gets no gradient.
     """
 
-    def __init__(self, experts: Callable[[], nn.Module] | Sequence[nn.Module], num_experts: int | None = None) -> None:
+    def __init__(
+        self,
+        experts: Callable[[], nn.Module] | Sequence[nn.Module],
+        num_experts: int | None = None,
+        call_idle: bool = False,
+    ) -> None:
         if isinstance(experts, Sequence):
             modules = list(experts)
             if num_experts not in (None, len(modules)):
@@ -33,18 +40,20 @@ class ModuleExperts(Experts):
             modules = [experts() for _ in range(num_experts)]
         super().__init__(len(modules))
         self.experts = nn.ModuleList(modules)
+        self.call_idle = call_idle
 
     def forward(
         self,
         x_sorted: Float[Tensor, "rows *dims"],
         plan: Plan,
         *,
-        backend: Backend | Literal["auto"] = "auto",
+        backend: Sorted = "auto",
     ) -> Float[Tensor, "rows *out_dims"]:
         sizes = group_sizes(plan.offsets)
         total = sum(sizes)
         groups = zip(self.experts, torch.split(x_sorted[:total], sizes), strict=True)
-        outputs = [expert(rows) for expert, rows in groups if rows.shape[0] > 0]
+        everyone = self.call_idle and self.training
+        outputs = [expert(rows) for expert, rows in groups if everyone or rows.shape[0] > 0]
         if not outputs:  # no rows at all: ask an expert for the shape of its output
             outputs = [self.experts[0](x_sorted[:0])]
         if total < x_sorted.shape[0]:

@@ -62,7 +62,7 @@ class RecurrentExperts(Experts):
             raise ValueError("modules must have one layer, one direction and no projection")
         kind: Literal["lstm", "gru"] = "lstm" if isinstance(first, nn.LSTM) else "gru"
         experts = cls(len(modules), first.input_size, first.hidden_size, kind, first.bias, last)
-        experts.to(first.weight_ih_l0)
+        experts.to(cast(Tensor, first.weight_ih_l0))
         with torch.no_grad():
             for layer, suffix in ((experts.input, "ih_l0"), (experts.recurrent, "hh_l0")):
                 for name, parameter in layer.named_parameters():
@@ -229,7 +229,7 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Every step's input through the gates' layer: [experts, time, rows, gates]."""
     rows, weight = x.flatten(1, 2), weight.transpose(1, 2)
     out = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias[:, None], rows, weight)
-    return out.unflatten(1, x.shape[1:3])
+    return out.view(*x.shape[:3], out.shape[2])
 
 
 def _project_backward(ctx: Any, x: Tensor, weight: Tensor, d_gates: Tensor) -> tuple[Tensor | None, Tensor]:
