@@ -1,6 +1,7 @@
 """One linear layer per expert over rows sorted by expert, and the choice of how to compute it."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, Literal, cast, get_args
 
@@ -10,8 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-SortedBackend = Literal["grouped", "segment"]
-Backend = Literal["dense", "grouped", "segment", "padded", "gather"]
+SortedBackend = Literal["grouped", "segment", "triton"]
+Backend = Literal["dense", "grouped", "segment", "triton", "padded", "gather"]
 BACKENDS = get_args(Backend)
 FEW_ROWS = 4  # up to which "gather" wins without gradients
 
@@ -22,14 +23,15 @@ def grouped_linear(
     offsets: Int32[Tensor, "experts"],
     bias: Float[Tensor, "experts out_dim"] | None = None,
     *,
-    backend: Literal["auto", "grouped", "segment"] = "auto",
+    backend: SortedBackend | Literal["auto"] = "auto",
     dropless: bool = False,
 ) -> Float[Tensor, "rows out_dim"]:
     """`y[r] = x[r] @ weight[e].T + bias[e]` where row r lies before `offsets[e]`.
 
     Rows behind the last offset give zero and get no gradient; `dropless=True` promises there are none.
     "grouped" is one `torch.nn.functional.grouped_mm`, "segment" one matmul per expert that has rows: it
-    takes every dtype and size but reads the offsets on the host. Follows autocast.
+    takes every dtype and size but reads the offsets on the host. "triton" takes every size on a GPU and never
+    waits for it. Follows autocast.
     """
     x, weight, bias = follow_autocast(x, weight, bias)
     if backend == "auto":
@@ -50,8 +52,8 @@ def select_backend(
 ) -> Backend:
     """How to compute MLP experts of layer widths `dims` (input first) on `tokens` with `top_k` slots each.
 
-    "dense": all experts on all tokens, nothing sorted. "grouped", "segment": rows sorted by expert, see
-    `grouped_linear`. "padded": sorted rows padded to equal groups, batched matmul. "gather": a few rows
+    "dense": all experts on all tokens, nothing sorted. "grouped", "segment", "triton": rows sorted by expert,
+    see `grouped_linear`. "padded": sorted rows padded to equal groups, batched matmul. "gather": a few rows
     without gradients, one after another. CPU thresholds are measured; CUDA thresholds are estimates.
     """
     if override != "auto":
@@ -76,7 +78,11 @@ def select_backend(
             return "grouped"
         # Elsewhere grouped_mm is a loop that waits for the device.
         flops = 2 * tokens * num_experts * sum(a * b for a, b in pairwise(dims))
-        return "dense" if flops < 1e10 or num_experts <= 4 * top_k or compiling else "padded"
+        if flops < 1e10 or num_experts <= 4 * top_k:
+            return "dense"
+        if dtype != torch.float64 and find_spec("triton") is not None:
+            return "triton"
+        return "dense" if compiling else "padded"
     return "segment"
 
 
@@ -203,6 +209,10 @@ def add_bias(rows: Tensor, bias: Tensor, expert: Tensor) -> None:
 
 
 def _matmul(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) -> Tensor:
+    if backend == "triton":
+        from .grouped_triton import triton_matmul
+
+        return triton_matmul(x, weight, offsets)
     if backend == "grouped":
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
     out = x.new_empty(x.shape[0], weight.shape[1])
@@ -222,6 +232,10 @@ def _grad_input(grad: Tensor, weight: Tensor, offsets: Tensor, backend: str) -> 
 def _grad_weight(grad: Tensor, x: Tensor, offsets: Tensor, backend: str) -> Tensor:
     if backend == "grouped":
         return F.grouped_mm(grad.t(), x, offs=offsets)
+    if backend == "triton":
+        from .grouped_triton import triton_weight_gradients
+
+        return triton_weight_gradients(grad, x, offsets)[0]
     sizes = group_sizes(offsets)
     out = x.new_empty(len(sizes), grad.shape[1], x.shape[1])
     for g, rows, target in zip(grad.split(sizes), x.split(sizes), out.unbind(), strict=True):

@@ -97,7 +97,7 @@ class MoE(nn.Module):
         backend = experts.select(x, routing.top_k) if self.backend == "auto" else self.backend
         if backend == "dense":
             y = experts.dense(x, routing.dense_weights())
-        elif backend == "gather" and routing.dropless:
+        elif backend == "gather" and routing.dropless and not torch.is_grad_enabled():
             y = experts.gather(x, routing.weights, routing.indices)
         else:
             plan = make_plan(routing.indices, real, dropless=routing.dropless)

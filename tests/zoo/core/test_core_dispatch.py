@@ -102,4 +102,10 @@ def test_backend_follows_the_shape():
     assert choice(top_k=8) == "dense"
     assert choice(dtype=torch.bfloat16, num_experts=64, tokens=1024) == "padded"
     assert choice(override="padded") == "padded"
-    assert choice(device=torch.device("cuda"), dims=[4096, 4096], num_experts=64) == "padded"  # no grouped_mm in fp32
+    cuda = dict(device=torch.device("cuda"))
+    assert choice(**cuda) == "dense"  # too small to be worth a sort
+    assert choice(**cuda, dims=[4096, 4096], num_experts=64) == "triton"  # grouped_mm waits for the device in fp32
+    assert choice(**cuda, dims=[4096, 4096], num_experts=64, dtype=torch.float64) == "padded"
+    with torch.no_grad():
+        assert choice(tokens=1) == "gather"
+        assert choice() == "grouped"

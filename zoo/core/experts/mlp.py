@@ -51,7 +51,7 @@ class StackedLinear(nn.Module):
         self,
         x: Float[Tensor, "rows in_dim"],
         offsets: Int32[Tensor, "experts"],
-        backend: Literal["auto", "grouped", "segment"],
+        backend: SortedBackend | Literal["auto"],
         dropless: bool,
     ) -> Float[Tensor, "rows out_dim"]:
         """Each row through its own expert."""
