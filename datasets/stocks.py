@@ -213,16 +213,18 @@ class StocksData(lightning.LightningDataModule):
 
 
 class Days(Dataset[StockBatch]):
-    """Builds whole batches from positions in a list of days."""
+    """Builds whole batches from positions in a list of days, all padded to the fullest of them."""
 
     def __init__(self, panel: StockPanel, days: list[int], lookback: int) -> None:
         self.panel, self.days, self.lookback = panel, days, lookback
+        # Known once, so that no batch waits for the device, and every batch has the same shape.
+        self.names = int(panel.valid[days].sum(1).max())
 
     def __len__(self) -> int:
         return len(self.days)
 
     def __getitem__(self, index: list[int]) -> StockBatch:
-        return self.panel.batch([self.days[i] for i in index], self.lookback)
+        return self.panel.batch([self.days[i] for i in index], self.lookback, self.names)
 
 
 def open_source(source: str, files: Mapping[str, Any]) -> Source:

@@ -96,7 +96,8 @@ def _features(
         some = names[first : first + _AT_ONCE]
         found = frame.lazy().select("day", *over_symbols({name: expressions[name] for name in some})).collect()
         if normalise != "robust":
-            found = found.with_columns(_within_day(name, members, normalise) for name in some)
+            found = found.with_columns(member=members.ravel())
+            found = found.with_columns(_within_day(name, normalise) for name in some)
         for place, name in enumerate(some, first):
             values = np.where(priced.ravel(), found[name].fill_null(np.nan).to_numpy(), np.nan)
             if normalise == "robust":
@@ -117,9 +118,9 @@ def _robust(values: Float32[np.ndarray, " rows"], fit: Bool[np.ndarray, " rows"]
     return scaled
 
 
-def _within_day(name: str, members: Bool[np.ndarray, "symbols calendar"], normalise: Normalise) -> pl.Expr:
+def _within_day(name: str, normalise: Normalise) -> pl.Expr:
     """Rank or z-score among the members of the day; null for the others."""
-    x = pl.when(pl.lit(pl.Series(members.ravel()))).then(pl.col(name))
+    x = pl.when(pl.col("member")).then(pl.col(name))
     if normalise == "rank":
         scaled = (x.rank().over("day") / x.count().over("day") - 0.5) * _RANK_SCALE
     else:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import uuid
 from collections.abc import Iterable
 from dataclasses import fields
@@ -16,6 +17,7 @@ from torch import Tensor
 from .. import settings
 from .stocks_panel import StockPanel
 
+_MOST_BYTES = 8 * 2**30  # of all panels together; the newest two of CSI300 with Alpha158 take half
 _MAKERS = ("stocks_build.py", "stocks_features.py", "stocks_panel.py", "stocks_tables.py")
 
 
@@ -41,6 +43,7 @@ def load_panel(file: Path) -> StockPanel | None:
         with safe_open(file, "pt") as store:
             tensors = {name: store.get_tensor(name) for name in store.keys()}  # noqa: SIM118
             words = json.loads(store.metadata()["panel"])
+        os.utime(file)
     except (OSError, SafetensorError, KeyError, TypeError):
         return None
     return StockPanel(
@@ -53,7 +56,7 @@ def load_panel(file: Path) -> StockPanel | None:
 
 
 def save_panel(panel: StockPanel, file: Path) -> None:
-    """The file appears whole or not at all."""
+    """The file appears whole or not at all; those not used for longest make room for it."""
     values = {field.name: getattr(panel, field.name) for field in fields(panel)}
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     words = {name: value for name, value in values.items() if name not in tensors}
@@ -65,3 +68,12 @@ def save_panel(panel: StockPanel, file: Path) -> None:
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+    _make_room(file.parent)
+
+
+def _make_room(folder: Path) -> None:
+    total = 0
+    for file in sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True):
+        total += file.stat().st_size
+        if total > _MOST_BYTES:
+            file.unlink(missing_ok=True)

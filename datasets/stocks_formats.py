@@ -115,10 +115,11 @@ def open_wide(
         calendar, symbols, fields, rows = read_wide_grids(files)
 
         def where(field: str, i: int, j: int) -> str:
-            return f"{files[field]}, column '{symbols[i]}', row {rows[field][j] + 1}"
+            return f"{files[field].name}, column '{symbols[i]}', row {rows[field][j] + 1}"
 
-        fields = checked(str(files["close"]), calendar, symbols, fields, where, bad_rows)
-        return finish(str(files["close"]), calendar, symbols, fields, membership, benchmark, bad_rows)
+        folder = str(files["close"].parent)
+        fields = checked(folder, calendar, symbols, fields, where, bad_rows)
+        return finish(folder, calendar, symbols, fields, membership, benchmark, bad_rows)
 
     return Source(name or files["close"].parent.name or "wide", (*files.values(), *extra), tuple(files), read)
 
@@ -172,7 +173,10 @@ def read_wide_grids(
         grids[field] = np.stack(
             [numbers(table, s).gather(found).fill_null(np.nan).to_numpy() if s in have else absent for s in symbols]
         )
-    return calendar, symbols, grids, rows
+    traded = np.isfinite(grids["close"]).any(0)  # a row without any price is a holiday
+    calendar = tuple(day for day, is_open in zip(calendar, traded, strict=True) if is_open)
+    grids = {field: grid[:, traded] for field, grid in grids.items()}
+    return calendar, symbols, grids, {field: places[traded] for field, places in rows.items()}
 
 
 def numbers(table: Table, column: str) -> pl.Series:
@@ -247,6 +251,16 @@ def _columns(file: Path, header: Sequence[str], given: Mapping[str, str] | None)
     return ours
 
 
+def _require(table: Table, ours: Mapping[str, str], *names: str) -> None:
+    """Raises UserError for the first of our names that no column bears."""
+    for name in names:
+        if name not in ours:
+            free = [column for column in table.frame.columns if column not in ours.values()]
+            near = difflib.get_close_matches(name, free, 1, 0.5)
+            hint = f"rename '{near[0]}'" if near else f"it has {', '.join(table.frame.columns[:12])}"
+            raise UserError(f"{table.file}: column '{name}' is missing; {hint}")
+
+
 def _read_long(
     files: list[Path], membership: str | None, benchmark: str | None, calendar_file: str | None,
     columns: Mapping[str, str] | None, bad_rows: BadRows,
@@ -259,8 +273,9 @@ def _read_long(
     if calendar_file is not None:
         rows = _within(rows, read_days(Path(calendar_file)), calendar_file, bad_rows)
     rows = _without_repeats(rows, bad_rows)
-    if len(files) == 1 and not rows["date"].is_sorted() and not rows["symbol"].is_sorted():
-        LOG.warning("%s: rows were not in order of date or symbol and have been sorted", name)
+    backwards = pl.col("date").diff().over("symbol") < pl.duration()
+    if rows.select(backwards.any()).item():
+        LOG.warning("%s: rows are not in order of date; they have been sorted", name)
     days = rows["date"].unique().sort() if calendar_file is None else read_days(Path(calendar_file))
     symbols = tuple(rows["symbol"].unique().sort().to_list())
     row = rows["symbol"].cast(pl.Enum(symbols)).to_physical().to_numpy().astype(np.int64)
@@ -272,7 +287,8 @@ def _read_long(
 
     def where(field: str, i: int, j: int) -> str:
         place = int(np.flatnonzero((row == i) & (column == j))[0])
-        return f"{rows['file'][place]}, row {rows['row'][place]}"
+        file = f"{Path(rows['file'][place]).name}, " if len(files) > 1 else ""
+        return f"{file}row {rows['row'][place]}"
 
     calendar = tuple(days.to_list())
     grids = checked(name, calendar, symbols, grids, where, bad_rows)
@@ -292,11 +308,11 @@ def _read_prices(file: Path, columns: Mapping[str, str] | None, named_by_file: b
     if "symbol" not in ours and named_by_file:
         symbol = pl.Series("symbol", [file.stem]).new_from_index(0, len(table.frame))
     else:
-        table.require(*(name for name in ("symbol",) if name not in ours))
+        _require(table, ours, "symbol")
         symbol = table.frame[ours["symbol"]]
         table.refuse(symbol.is_null(), ours["symbol"], "a symbol in every row")
         symbol = symbol.cast(pl.String).str.strip_chars()
-    table.require(*(name for name in ("date", "close") if name not in ours))
+    _require(table, ours, "date", "close")
     out = pl.DataFrame({"date": dates(table, ours["date"]), "symbol": symbol})
     out = out.with_columns(**{field: numbers(table, ours[field]) for field in FIELDS if field in ours})
     if "adjclose" in ours:  # Yahoo adjusts the close alone
@@ -355,7 +371,7 @@ def read_spans(file: Path) -> list[tuple[str, date | None, date | None]]:
     else:
         table = read_table(file)
     ours = _columns(file, table.frame.columns, None)
-    table.require(*(name for name in ("symbol", "start", "end") if name not in ours))
+    _require(table, ours, "symbol", "start", "end")
     symbols = table.frame[ours["symbol"]]
     table.refuse(symbols.is_null(), ours["symbol"], "a symbol in every row")
     bounds = []
@@ -372,10 +388,10 @@ def _read_index(file: Path, calendar: Sequence[date]) -> Float64[np.ndarray, " c
     """The index's return of each day of the calendar."""
     table = read_table(file)
     ours = _columns(file, table.frame.columns, None)
-    table.require(*(name for name in ("date",) if name not in ours))
+    _require(table, ours, "date")
     column = ours.get("return") or ours.get("adjclose") or ours.get("close")
     if column is None:
-        table.require("close")
+        _require(table, ours, "close")
     days, values = dates(table, ours["date"]), numbers(table, str(column))
     table.refuse(days.is_duplicated(), ours["date"], "each date once: the file holds one index")
     wanted = pl.DataFrame({"date": pl.Series(calendar, dtype=pl.Date)})

@@ -57,12 +57,17 @@ class StockPanel:
         moved: dict[str, Any] = {name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)}
         return replace(self, **moved)
 
-    def batch(self, days: list[int], lookback: int) -> StockBatch:
-        """The days' names with their windows of `lookback` days, made on the panel's device."""
+    def batch(self, days: list[int], lookback: int, names: int | None = None) -> StockBatch:
+        """The days' names with their windows of `lookback` days, made on the panel's device.
+
+        Args:
+            names: to pad to; default: as many as the fullest of these days has.
+        """
         device = self.features.device
         day = torch.tensor(days, device=device)
         valid = self.valid[day]
-        names = int(valid.sum(1).max())
+        if names is None:
+            names = int(valid.sum(1).max())
         # Valid names first, in the symbols' order; what follows them is padding.
         symbol = torch.argsort(valid.logical_not().to(torch.uint8), dim=1, stable=True)[:, :names]
         valid = valid.gather(1, symbol)
@@ -77,13 +82,13 @@ class StockPanel:
         def pick(values: Tensor, fill: float) -> Tensor:
             return values[day].gather(1, symbol).masked_fill_(padding, fill)
 
-        styles = torch.stack([pick(self.style[..., i], 0) for i in range(len(self.styles))], -1)
+        styles = torch.stack([pick(self.style[..., i], 0.0) for i in range(len(self.styles))], -1)
         return StockBatch(
             features=features,
             label=pick(self.label, torch.nan),
             valid=valid,
             next_return=pick(self.next_return, torch.nan),
-            weight=pick(self.weight, 0),
+            weight=pick(self.weight, 0.0),
             style=styles,
             benchmark=self.benchmark[day],
             day=day,

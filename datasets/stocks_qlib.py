@@ -60,7 +60,7 @@ def open_qlib(folder: str, universe: str = "all", benchmark: str | None = None, 
                     grids[field][i, first : first + len(values)] = values
 
         def where(field: str, i: int, j: int) -> str:
-            return str(files[symbols[i]][field])
+            return str(files[symbols[i]][field].relative_to(root))
 
         checked_grids: dict[str, Grid] = checked(str(root), days, symbols, grids, where, bad_rows)
         return finish(str(root), days, symbols, checked_grids, str(spans), benchmark, bad_rows)

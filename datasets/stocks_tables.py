@@ -88,6 +88,7 @@ def checked(
     bad = np.zeros((len(symbols), len(calendar)), bool)
 
     def judge(column: str, rows: Mask, what: str, expected: str) -> None:
+        rows = rows & ~bad  # a row is told of once
         count = int(rows.sum())
         if count:
             places = [
