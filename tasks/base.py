@@ -8,10 +8,12 @@ from typing import Any, Literal
 import polars as pl
 import pytorch_lightning as lightning
 import torch
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from ..zoo.core import Routing
+from .balancing import RouterBias
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,11 @@ class BaseTask(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """The injected optimiser over all parameters, with its scheduler if there is one."""
         return self.optimise(self.parameters())
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Routers that balance by a bias have it moved, so that no recipe can forget to."""
+        biased = any(getattr(part, "balance", None) == "bias" for part in self.model.modules())
+        return [RouterBias()] if biased else []
 
     def optimise(self, parameters: Iterable[nn.Parameter]) -> dict[str, Any]:
         """Lightning's dictionary of the injected optimiser and scheduler over `parameters`."""

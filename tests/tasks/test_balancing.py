@@ -11,6 +11,7 @@ import pytorch_lightning as lightning
 import torch
 from moezoo.errors import UserError
 from moezoo.tasks.balancing import RouterBias, TemperatureSchedule
+from moezoo.tasks.base import BaseTask
 from moezoo.zoo.core import DenseRouter, MLPExperts, MoE, TopKRouter
 from moezoo.zoo.core.statistics import max_violation
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -81,6 +82,13 @@ def test_the_bias_evens_the_load():
 
 def final_bias(task):
     return task.moe.router.expert_bias.tolist()
+
+
+def test_every_task_moves_the_biases_of_its_model():
+    biased, plain = (TopKRouter(8, 4, 2, balance=balance) for balance in ("bias", "aux"))
+    task = BaseTask(torch.nn.Sequential(MoE(biased, MLPExperts(4, 8, 16))))
+    assert [type(callback) for callback in task.configure_callbacks()] == [RouterBias]
+    assert BaseTask(MoE(plain, MLPExperts(4, 8, 16))).configure_callbacks() == []
 
 
 def test_micro_batches_count_as_one_step():
