@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ..dispatch import Plan, combine, dispatch, make_plan
 from ..grouped import Backend, grouped_linear
-from .base import Experts, Sorted, matmul_backend
+from .base import Experts, Sorted, matmul_backend, wide_is_quicker
 from .mlp import StackedLinear
 
 
@@ -88,15 +88,11 @@ class LoRAExperts(Experts):
         return torch.bmm(h * (served * self.scale).to(h.dtype)[:, None, None], up)
 
     def select(self, x: Tensor, top_k: int) -> Backend:
-        # Ranks are small: all experts together are one narrow layer. Sorting costs as much as some 40 more ranks
-        # per slot (CPU, measured; elsewhere an estimate).
-        if torch.compiler.is_compiling():
-            return "dense"
-        width = self.num_experts * self.rank
-        if x.device.type != "cpu":
-            return "dense" if width <= 512 else "segment"
-        saved = width - top_k * (40 + self.rank)
-        return "dense" if saved * x.numel() < 1_500_000 else "segment"
+        if x.device.type == "cpu":
+            dense = wide_is_quicker(x.numel(), self.rank, self.num_experts, top_k)
+        else:  # an estimate: no sort, and no wait for the device
+            dense = self.num_experts * self.rank <= 512
+        return "dense" if dense else "segment"
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout > 0 else x
