@@ -93,10 +93,10 @@ def test_groups_limit_the_choice(seed, groups, size, biased, data):
         5, groups * size, k, score_func="sigmoid", norm_topk_prob=False,
         num_groups=groups, topk_groups=kept, balance="bias" if biased else "none",
     )  # fmt: skip
-    spread(router)
+    spread(router).double()  # in float32 large logits would give equal sigmoids
     if biased:
         router.expert_bias.normal_()
-    r = router(torch.randn(7, 5))
+    r = router(torch.randn(7, 5, dtype=torch.float64))
     choice = r.scores.detach() + (router.expert_bias if biased else 0)
     for row, indices in zip(choice, r.indices, strict=True):
         worth = [sum(sorted(g.tolist(), reverse=True)[: 2 if biased else 1]) for g in row.view(groups, size)]
@@ -329,3 +329,13 @@ def test_gradcheck(options):
         return r.weights, r.scores, r.logits, r.aux_loss
 
     assert gradcheck(run, (torch.randn(5, 3, dtype=torch.float64, requires_grad=True), *router.parameters()))
+
+
+def test_what_is_changed_after_construction_counts():
+    router = spread(TopKRouter(5, 4, 2))
+    x = torch.randn(8, 5)
+    before = router(x).aux_loss
+    router.z_coef = 1.0
+    torch.testing.assert_close(router(x).aux_loss, before + losses.z_loss(router(x).logits))
+    router.gate = LinearGate(5, 4, bias=True)
+    torch.testing.assert_close(router(x).logits, router.gate(x))

@@ -95,7 +95,8 @@ def full_precision(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def softmax_over_experts(logits: Float[Tensor, "tokens experts"]) -> Float[Tensor, "tokens experts"]:
-    if logits.shape[-1] < 16 and logits.device.type == "cpu" and not torch.compiler.is_compiling():
+    tokens, experts = logits.shape
+    if not torch.compiler.is_compiling() and logits.device.type == "cpu" and experts < 16 and tokens >= 16:
         # The CPU kernel vectorises along tokens here; over so few experts it would not vectorise at all.
         return logits.t().softmax(0).t()
     return logits.softmax(-1)
@@ -150,7 +151,8 @@ def _best(ranked: Float[Tensor, "tokens experts"], top_k: int) -> Int[Tensor, "t
         not torch.compiler.is_compiling()
         and ranked.device.type == "cpu"
         and top_k <= 4
-        and 8 * top_k <= experts < 64 * top_k
+        and (top_k == 1 or 8 * top_k <= experts)
+        and experts < 64 * top_k
         and tokens >= 128
     ):
         return _best_by_max(ranked, top_k)
