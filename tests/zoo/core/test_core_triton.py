@@ -95,6 +95,22 @@ def interpreted():
     triton_grouped_linear(x, weight, offsets, bias).sum().backward()
     torch.testing.assert_close(bias.grad, torch.tensor([5.0, 0.0, 20.0])[:, None].expand(3, 21))
 
+    _assert_layer_equals_segment("cpu")
+
+
+def _assert_layer_equals_segment(device):
+    from moezoo.zoo.core import MLPExperts, MoE, TopKRouter
+
+    torch.manual_seed(0)
+    moe = MoE(TopKRouter(20, 6, 2), MLPExperts(6, 20, 30, act="swiglu")).to(device)
+    x = torch.randn(50, 20, device=device, requires_grad=True)
+    results = []
+    for moe.backend in ("segment", "triton"):
+        y = moe(x)
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), [x, *moe.parameters()])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
 
 def traced():
     """Without a GPU, torch.compile takes no Triton kernel: say that there is one, trace, and stop there."""
@@ -261,6 +277,11 @@ def test_on_the_gpu_equals_the_segment_backend(dtype, float32_precision):
     loose = {"rtol": 0.02, "atol": 0.02} if float32_precision == "tf32" else {}
     for case in (*CASES, ([300, 0, 90], 7, 256, 512), ([4000, 100], 0, 64, 128), ([64] * 64, 0, 128, 128)):
         _assert_equals_segment(case, dtype, "cuda", **loose)
+
+
+@gpu
+def test_on_the_gpu_the_layer_equals_the_segment_backend():
+    _assert_layer_equals_segment("cuda")
 
 
 @gpu
