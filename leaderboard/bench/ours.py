@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...zoo.core import MLPExperts, MoE, TopKRouter, combine, dispatch, make_plan
+from ...zoo.core import MLPExperts, MoE, TopKRouter, make_plan
 from .problem import Built, Contender, Problem, Unsuited
 
-_Choice = Literal["auto", "dense", "grouped", "segment", "padded"]
+_Choice = Literal["auto", "dense", "grouped", "segment", "padded", "gather"]
 
 
 def activate(h: Tensor, act: str) -> Tensor:
@@ -53,6 +53,8 @@ def _floor_bmm(problem: Problem) -> Built:
 
 def _ours(problem: Problem, backend: _Choice, compiled: bool = False) -> Built:
     case = problem.case
+    if backend == "gather" and case.mode == "train":
+        raise Unsuited("a few small products per token: without gradients only")
     experts = MLPExperts(case.experts, case.dim, case.hidden, act=case.act, bias=case.bias, backend=backend)
     router = TopKRouter(case.dim, case.experts, case.top_k, norm_topk_prob=case.top_k > 1 or case.experts == 1)
     with torch.no_grad():
@@ -80,18 +82,34 @@ def _ours(problem: Problem, backend: _Choice, compiled: bool = False) -> Built:
 
 def _routed(experts: MLPExperts, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     """What `MoE` does once the router has spoken."""
-    if experts.select(x, indices.shape[1]) == "dense":
+    backend = experts.select(x, indices.shape[1])
+    if backend == "dense":
         gates = weights.new_zeros(x.shape[0], experts.num_experts).scatter_add(1, indices, weights)
         y: Tensor = experts.dense(x, gates)
         return y
-    plan = make_plan(indices, experts.num_experts, dropless=True)
-    return combine(experts(dispatch(x, plan), plan), weights, plan)
+    if backend == "gather":
+        return experts.gather(x, weights, indices)
+    return experts.routed(x, weights, make_plan(indices, experts.num_experts, dropless=True))
 
 
 def _compiled(problem: Problem) -> Built:
     if problem.x.device.type != "cuda":
         raise Unsuited("torch.compile(mode='reduce-overhead') replays CUDA graphs: GPU only")
     return _ours(problem, "auto", compiled=True)
+
+
+def reference(problem: Problem, x: Tensor) -> Tensor:
+    """Expert after expert, as simple as can be: what every exact contender must equal."""
+    case, weights, indices = problem.case, problem.weights, problem.indices
+    if case.part == "layer":
+        weights, indices = F.linear(x, problem.gate).softmax(-1).topk(case.top_k)
+        weights = weights / weights.sum(-1, keepdim=True) if case.top_k > 1 else weights
+    y = torch.zeros_like(x)
+    for expert in range(case.experts):
+        token, slot = (indices == expert).nonzero(as_tuple=True)
+        out = F.linear(activate(F.linear(x[token], problem.w1[expert]), case.act), problem.w2[expert])
+        y = y.index_add(0, token, out * weights[token, slot, None])
+    return y
 
 
 def parameters_of(module: nn.Module) -> list[Tensor]:
@@ -108,7 +126,7 @@ def floors() -> list[Contender]:
 
 def ours() -> list[Contender]:
     """Our layer as it comes, by each backend, and compiled."""
-    backends: tuple[_Choice, ...] = ("dense", "grouped", "segment", "padded")
+    backends: tuple[_Choice, ...] = ("dense", "grouped", "segment", "padded", "gather")
     return [
         Contender("ours", "ours", partial(_ours, backend="auto"), "backend chosen by shape"),
         *(Contender(f"ours/{name}", "ours", partial(_ours, backend=name)) for name in backends),

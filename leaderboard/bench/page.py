@@ -17,7 +17,7 @@ from .summary import absent, by_name, duels, gaps, groups, share_ahead, verdicts
 from .terminal import brackets
 
 NOTES = Path(__file__).parent / "notes.yaml"
-_BACKENDS = ("dense", "grouped", "segment", "padded")
+_BACKENDS = ("dense", "grouped", "segment", "padded", "gather")
 Table = list[list[str]]
 
 

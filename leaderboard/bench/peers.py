@@ -17,13 +17,12 @@ from .ours import leaf, parameters_of
 from .problem import Built, Contender, Problem, Unavailable, Unsuited
 
 _LARGEST = 2**30  # bytes of one helper tensor that a peer may build
-_FROM_GIT = "git clone https://github.com/{0} && NO_CUDA=1 pip install --no-deps --no-build-isolation ./{1}"
 
 
 def peers() -> list[Contender]:
     """Every peer, in the order of the tables."""
     hf = "pip install transformers"
-    tutel = _FROM_GIT.format("microsoft/tutel", "tutel")
+    tutel = "git clone https://github.com/microsoft/tutel && NO_CUDA=1 pip install --no-build-isolation ./tutel"
     deepspeed = "pip install deepspeed  (builds an operator when first used: needs g++ and ninja)"
     drops = "capacity 1.25: drops tokens"
     lucid = "top-2 only; one-hot dispatch, capacity 1.25: drops tokens"
@@ -53,8 +52,14 @@ def peers() -> list[Contender]:
             "scattermoe", "peer", _scattermoe, "Triton",
             install="pip install --no-build-isolation git+https://github.com/shawntan/scattermoe",
         ),
-        Contender("megablocks", "peer", _megablocks, "CUDA", install="pip install megablocks  (needs CUDA)"),
-        Contender("fastmoe", "peer", _fastmoe, "CUDA", install=_FROM_GIT.format("laekov/fastmoe", "fastmoe")),
+        Contender(
+            "megablocks", "peer", _megablocks, "CUDA; without a GPU its setup stops: Found no NVIDIA driver",
+            install="pip install --no-build-isolation megablocks",
+        ),
+        Contender(
+            "fastmoe", "peer", _fastmoe, "CUDA; its setup builds for the GPU it finds, without one: IndexError",
+            install="git clone https://github.com/laekov/fastmoe && pip install --no-build-isolation ./fastmoe",
+        ),
     ]  # fmt: skip
 
 

@@ -33,8 +33,3 @@ def ratio(first: Mapping[int, float], second: Mapping[int, float], seed: int = 0
     low, high = np.quantile(best[:, 0] / best[:, 1], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     value = pairs[:, 0].min() / pairs[:, 1].min()
     return Ratio(float(value), float(low), float(high))
-
-
-def inverse(of: Ratio) -> Ratio:
-    """second / first."""
-    return Ratio(1 / of.value, 1 / of.high, 1 / of.low)

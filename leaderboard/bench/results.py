@@ -18,7 +18,7 @@ class Measured:
     Attributes:
         samples: seconds per step by round; empty when it could not run.
         inner: steps per sample.
-        check: "equal" when output and gradient are ours, "shape" when only the shape was compared.
+        check: "equal" when output and gradient are those of a plain loop over experts, "shape" when only the shape is.
         peak_bytes: most memory held at once during a step, beyond inputs and weights.
         waits: on a GPU, what made the step wait for the device, or "never".
         unavailable: why it could not run.
@@ -92,7 +92,8 @@ class Results:
             document = json.loads(text.read_text(encoding="utf-8"))
             frame = pl.read_parquet(parquet)
             samples: dict[tuple[str, str], dict[int, float]] = {}
-            for case, contender, number, seconds in frame.select("case", "contender", "round", "seconds").iter_rows():
+            columns = frame.select("case", "contender", "round", "seconds") if frame.height else frame
+            for case, contender, number, seconds in columns.iter_rows():
                 samples.setdefault((case, contender), {})[number] = seconds
             cases = {
                 name: [Measured(**one, samples=samples.get((name, one["contender"]), {})) for one in measured]

@@ -77,13 +77,13 @@ def run(
             progress.finished(case.name, _outcome(results.cases[case.name]), time.monotonic() - start)
             if folder is not None:
                 results.save(folder, device, partial=True)
-    results.run["import_seconds"] = import_seconds()
     if folder is not None:
+        results.run["import_seconds"] = import_seconds(min(settings.rounds, 7))
         results.save(folder, device)
     return results
 
 
-def import_seconds(rounds: int = 7) -> list[float]:
+def import_seconds(rounds: int) -> list[float]:
     """CPU seconds that importing the core takes once torch is there, each in a process of its own."""
     times = []
     for _ in range(rounds):
