@@ -165,6 +165,7 @@ def _run(name, **environment):
 
 def test_interpreted_kernels_equal_the_segment_backend():
     pytest.importorskip("numpy")
+    pytest.importorskip("triton", "3.8", reason="that of triton 3.6 cannot loop up to a loaded number with numpy 2.5")
     _run("interpreted", TRITON_INTERPRET="1", TORCHDYNAMO_DISABLE="1", OMP_NUM_THREADS="1")
 
 
