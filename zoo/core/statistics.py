@@ -8,9 +8,10 @@ have no load; `extra_share` says what they take.
 from typing import TypedDict
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from . import losses
 from .experts import Experts
 from .losses import cv_squared, normalised_entropy, slot_counts
 from .routing import Router, Routing
@@ -51,9 +52,8 @@ def token_entropy(routing: Routing) -> Float[Tensor, ""]:
 
     Scores that are no distribution (sigmoid or raw gates) are taken in absolute value and normalised.
     """
-    scores = _routed_scores(routing).abs()
-    entropy = normalised_entropy(scores / scores.sum(-1, keepdim=True).clamp_min(1e-20))
-    return entropy.sum() / max(entropy.numel(), 1)
+    scores = routing.scores.detach().abs()
+    return losses.token_entropy(scores / scores.sum(-1, keepdim=True).clamp_min(1e-20), _routed(routing))
 
 
 def load_cv_squared(routing: Routing) -> Float[Tensor, ""]:
@@ -93,15 +93,13 @@ def zero_weight_rate(routing: Routing) -> Float[Tensor, ""]:
 def true_experts_per_token(routing: Routing) -> Float[Tensor, ""]:
     """Mean number of real experts with a weight, over the tokens that go anywhere."""
     real = (routing.indices >= 0) & (routing.indices < routing.num_experts) & (routing.weights.detach() != 0)
-    routed = (routing.indices >= 0).any(-1)
-    return real.sum().to(routing.weights.dtype) / routed.sum().clamp_min(1)
+    return real.sum().to(routing.weights.dtype) / _routed(routing).sum().clamp_min(1)
 
 
 def co_activation(routing: Routing) -> Float[Tensor, "experts experts"]:
     """Share of the routed tokens that use both of two real experts; on the diagonal, that use the one."""
     uses = _uses(routing)[:, : routing.num_experts]
-    routed = (routing.indices >= 0).any(-1).sum().clamp_min(1)
-    return uses.t() @ uses / routed
+    return uses.t() @ uses / _routed(routing).sum().clamp_min(1)
 
 
 def switch_rate(before: Routing, after: Routing) -> Float[Tensor, ""]:
@@ -119,15 +117,16 @@ def expert_similarity(outputs: Float[Tensor, "tokens experts out"]) -> Float[Ten
 
 def confidence(routing: Routing) -> Float[Tensor, ""]:
     """Mean best score of a token."""
-    best = _routed_scores(routing).amax(-1)
-    return best.sum() / max(best.numel(), 1)
+    routed = _routed(routing)
+    best = routing.scores.detach().amax(-1).masked_fill(~routed, 0.0)
+    return best.sum() / routed.sum().clamp_min(1)
 
 
 def label_expert_nmi(routing: Routing, labels: Int[Tensor, "tokens"]) -> Float[Tensor, ""]:
     """Normalised mutual information of a label and the expert with the largest weight, in [0, 1].
 
     Arithmetic normalisation, as in scikit-learn; 0 where label or expert is constant. Dropped tokens are
-    left out.
+    left out. Waits for the device.
     """
     slot = routing.weights.detach().argmax(-1, keepdim=True)
     expert = routing.indices.gather(1, slot)[:, 0]
@@ -150,8 +149,11 @@ def label_expert_nmi(routing: Routing, labels: Int[Tensor, "tokens"]) -> Float[T
 
 
 def routing_statistics(routing: Routing) -> dict[str, Tensor]:
-    """Every scalar of this file that needs nothing but the record, by its log name."""
-    return {
+    """Every scalar of this file that needs nothing but the record, by its log name.
+
+    Those about extra experts come where there are any.
+    """
+    statistics = {
         "max_violation": max_violation(routing),
         "min_violation": min_violation(routing),
         "load_cv2": load_cv_squared(routing),
@@ -160,12 +162,14 @@ def routing_statistics(routing: Routing) -> dict[str, Tensor]:
         "token_entropy": token_entropy(routing),
         "dead_experts": dead_experts(routing),
         "drop_rate": drop_rate(routing),
-        "extra_share": extra_share(routing),
-        "zero_weight_rate": zero_weight_rate(routing),
-        "true_experts_per_token": true_experts_per_token(routing),
         "confidence": confidence(routing),
         "aux_loss": routing.aux_loss.detach(),
     }
+    if routing.num_extra:
+        statistics["extra_share"] = extra_share(routing)
+        statistics["zero_weight_rate"] = zero_weight_rate(routing)
+        statistics["true_experts_per_token"] = true_experts_per_token(routing)
+    return statistics
 
 
 class ParameterCounts(TypedDict):
@@ -196,9 +200,10 @@ def _entropy(p: Tensor) -> Tensor:
     return entropy
 
 
-def _routed_scores(routing: Routing) -> Float[Tensor, "routed columns"]:
-    """The scores of the tokens that go anywhere, which leaves out padding."""
-    return routing.scores.detach()[(routing.indices >= 0).any(-1)]
+def _routed(routing: Routing) -> Bool[Tensor, "tokens"]:
+    """Which tokens go anywhere, which leaves out padding."""
+    routed: Tensor = (routing.indices >= 0).any(-1)
+    return routed
 
 
 def _slots_per_expert(routing: Routing) -> Float[Tensor, "experts"]:

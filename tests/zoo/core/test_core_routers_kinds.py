@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from moezoo.zoo.core import (
     ExpertChoiceRouter,
     HashRouter,
+    NoisyTopKRouter,
     NullExpertRouter,
     StraightThroughRouter,
     SwitchRouter,
     TaskGate,
+    TopKRouter,
     losses,
     statistics,
 )
@@ -186,6 +188,68 @@ def test_straight_through_takes_any_gate():
     assert not torch.equal(a, b)
 
 
+TEACHERS = {  # what each router's aux_loss teaches
+    "aux": (lambda: TopKRouter(4, 3, 2), {"gate.weight"}),
+    "seq_aux": (lambda: TopKRouter(4, 3, 2, balance="seq_aux"), {"gate.weight"}),
+    "z alone": (lambda: TopKRouter(4, 3, 2, balance="none", z_coef=1.0), {"gate.weight"}),
+    "bias": (lambda: TopKRouter(4, 3, 2, balance="bias"), set()),
+    "none": (lambda: TopKRouter(4, 3, 2, balance="none"), set()),
+    "importance": (lambda: NoisyTopKRouter(4, 3, 2, load_coef=0.0), {"gate.weight", "noise_gate.weight"}),
+    "load": (lambda: NoisyTopKRouter(4, 3, 2, importance_coef=0.0), {"gate.weight", "noise_gate.weight"}),
+    "load of all": (lambda: NoisyTopKRouter(4, 3, 3, importance_coef=0.0), set()),
+    "null": (lambda: NullExpertRouter(4, 3, 2, 2), {"gate.weight"}),
+    "switch": (lambda: SwitchRouter(4, 3), {"gate.weight"}),
+    "straight": (lambda: StraightThroughRouter(4, 3), set()),
+    "choice": (lambda: ExpertChoiceRouter(4, 3), set()),
+}
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_the_aux_loss_teaches_what_it_says_and_nothing_outside_training(name):
+    torch.manual_seed(0)
+    make, expected = TEACHERS[name]
+    router = make()
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
+    kw = {"sequence_id": torch.arange(20) // 5} if name == "seq_aux" else {}
+    x = torch.randn(20, 4)
+    loss = router(x, **kw).aux_loss
+    if loss.requires_grad:
+        loss.backward()
+    taught = {n for n, p in router.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert taught == expected
+    quiet = router.eval()(x, **kw).aux_loss
+    assert quiet == 0 and not quiet.requires_grad
+
+
+TWO_PROCESSES = """
+import sys, torch
+import torch.distributed as dist
+from moezoo.zoo.core import TopKRouter, update_router_bias
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+model = torch.nn.ModuleList(TopKRouter(4, 3, 2, balance="bias", bias_update_rate=0.1) for _ in range(2))
+model[0].expert_counts.copy_(torch.tensor([[5.0, 0, 1], [0, 6, 1]])[rank])  # together 5, 6, 2
+model[1].expert_counts.copy_(torch.tensor([[9.0, 0, 0], [0, 0, 9]])[rank])  # together 9, 0, 9
+update_router_bias(model)
+want = [torch.tensor([-1.0, -1, 1]), torch.tensor([-1.0, 1, -1])]
+for router, sign in zip(model, want):
+    torch.testing.assert_close(router.expert_bias, 0.1 * (sign - sign.mean()))
+print("same step")
+"""
+
+
+def test_the_bias_follows_the_load_of_all_processes(tmp_path):
+    command = [sys.executable, "-c", TWO_PROCESSES]
+    ranks = [
+        subprocess.Popen([*command, str(r), str(tmp_path / "meet")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for r in range(2)
+    ]
+    for rank in ranks:
+        out, err = rank.communicate(timeout=120)
+        assert b"same step" in out, err[-2000:].decode()
+
+
 COMPILE = """
 import warnings; warnings.filterwarnings("ignore")
 import torch
@@ -217,6 +281,8 @@ for name, router in routers.items():
         kw = {"task_id": torch.arange(tokens) % 2}
         if name == "sequences":
             kw["sequence_id"] = torch.arange(tokens) // 7
+        if name in ("extra, capacity", "null", "choice"):
+            kw["token_mask"] = torch.arange(tokens) % 5 > 0
         plain, traced = router(x, **kw), compiled(x, **kw)
         assert torch.equal(plain.indices, traced.indices), name
         for field in ("weights", "scores", "logits", "aux_loss"):
