@@ -14,6 +14,7 @@ from torch.nn import functional as F
 SortedBackend = Literal["grouped", "segment", "triton"]
 Backend = Literal["dense", "grouped", "segment", "triton", "padded", "gather"]
 BACKENDS = get_args(Backend)
+_TRITON_IS_THERE = find_spec("triton") is not None
 FEW_ROWS = 4  # up to which "gather" wins without gradients
 
 
@@ -74,13 +75,14 @@ def select_backend(
             return "padded"  # the fixed cost of a bf16 matmul exceeds that of the padding
         return "grouped" if legal else "segment"
     if device.type == "cuda":
-        if legal and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0):
+        capability = torch.cuda.get_device_capability(device)
+        if legal and dtype == torch.bfloat16 and capability >= (9, 0):
             return "grouped"
         # Elsewhere grouped_mm is a loop that waits for the device.
         flops = 2 * tokens * num_experts * sum(a * b for a, b in pairwise(dims))
         if flops < 1e10 or num_experts <= 4 * top_k:
             return "dense"
-        if dtype != torch.float64 and find_spec("triton") is not None:
+        if _TRITON_IS_THERE and dtype != torch.float64 and capability >= (8, 0):
             return "triton"
         return "dense" if compiling else "padded"
     return "segment"

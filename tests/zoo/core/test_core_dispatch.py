@@ -96,12 +96,13 @@ def choice(**kw):
     return select_backend(**{**shape, "device": torch.device("cpu"), **kw})
 
 
-def test_backend_follows_the_shape():
+def test_backend_follows_the_shape(monkeypatch):
     assert choice() == "grouped"
     assert choice(dims=[15, 7, 15]) == choice(dtype=torch.float64) == "segment"
     assert choice(top_k=8) == "dense"
     assert choice(dtype=torch.bfloat16, num_experts=64, tokens=1024) == "padded"
     assert choice(override="padded") == "padded"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     cuda = dict(device=torch.device("cuda"))
     assert choice(**cuda) == "dense"  # too small to be worth a sort
     assert choice(**cuda, dims=[4096, 4096], num_experts=64) == "triton"  # grouped_mm waits for the device in fp32
