@@ -4,6 +4,7 @@ Day t is the day after whose close a score is given; the name is bought at the c
 return from close t+1 to close t+1+horizon. The universe is that of day t.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import cached_property
@@ -27,6 +28,9 @@ from .stocks_panel import StockBatch, StockPanel
 from .stocks_qlib import open_qlib
 from .stocks_sp500 import open_sp500
 from .stocks_splits import split_days
+from .stocks_tables import Judge
+
+_LOG = logging.getLogger(__name__)
 
 __all__ = ["StockBatch", "StockPanel", "StocksData"]
 
@@ -130,13 +134,15 @@ class StocksData(lightning.LightningDataModule):
         file = cache_file(self.fingerprint, self._recipe())
         panel = load_panel(file) if self.cache else None
         if panel is None:
-            tables = self.opened.read(self.bad_rows)
+            tables = self.opened.read(Judge(self.bad_rows))
             days = self._split_days(tables.calendar)
             panel = build_panel(
                 tables, self.feature_set, self.normalise, self.lookback, self.horizon, days["train"], self._clip()
             )
             if self.cache:
                 save_panel(panel, file)
+        for note in panel.notes:
+            _LOG.warning(note)
         return panel
 
     @property

@@ -52,6 +52,7 @@ def build_panel(
         symbols=tables.symbols,
         styles=STYLES,
         sectors=dict(tables.sectors),
+        notes=tuple(tables.notes),
     )
 
 

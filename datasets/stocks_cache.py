@@ -52,6 +52,7 @@ def load_panel(file: Path) -> StockPanel | None:
         symbols=tuple(words["symbols"]),
         styles=tuple(words["styles"]),
         sectors=words["sectors"],
+        notes=tuple(words["notes"]),
     )
 
 

@@ -1,8 +1,8 @@
 """Features of a day from the days up to it, as polars expressions over one symbol's rows of the whole calendar.
 
 A row is a trading day of the exchange, with or without a price, so a window of 20 rows is 20 trading days for every
-symbol; days without a price are left out of it. Nothing looks ahead. Prices enter as ratios (but for `dollars` and
-`impact`), so that the scale of an adjusted price, which later splits and dividends change, does not matter.
+symbol; days without a price are left out of it. Nothing looks ahead. Prices enter as ratios alone: the level of
+an adjusted price tells of the splits and dividends to come.
 """
 
 from collections.abc import Collection, Mapping
@@ -41,7 +41,7 @@ def over_symbols(expressions: Mapping[str, pl.Expr]) -> list[pl.Expr]:
 
 
 def _light(fields: Collection[str]) -> dict[str, pl.Expr]:
-    """20 columns of close, 11 of volume, 7 of the day's bar, each group where its fields exist."""
+    """20 columns of close, 9 of volume, 2 of amount, 7 of the day's bar, each group where its fields exist."""
     close = pl.col("close")
     change = _finite(close / close.shift(1) - 1)
     out = {f"ret_{d}": close / close.shift(d) - 1 for d in (1, 2, 3, 5, 10, 20, 60)}
@@ -56,13 +56,14 @@ def _light(fields: Collection[str]) -> dict[str, pl.Expr]:
     if "volume" in fields:
         volume = pl.col("volume")
         level = volume.log1p()
-        dollars = pl.col("amount") if "amount" in fields else volume * close
         out |= {f"volume_{d}": level - _mean(level, d) for d in (5, 20, 60)}
         out["volume_change"] = level - level.shift(1)
-        out["dollars"] = _mean(dollars.log1p(), 20)
         out |= {f"volume_std_{d}": _std(level, d) for d in (20, 60)}
         out |= {f"corr_{d}": _corr(change, level - level.shift(1), d) for d in (10, 20, 60)}
-        out["impact"] = (_mean(change.abs() / (dollars + 1), 20) + _TINY).log()
+    if "amount" in fields:
+        amount = pl.col("amount")
+        out["amount"] = _mean(amount.log1p(), 20)
+        out["impact"] = (_mean(change.abs() / (amount + 1), 20) + _TINY).log()
     if {"open", "high", "low"} <= set(fields):
         opened, high, low = pl.col("open"), pl.col("high"), pl.col("low")
         out |= {"gap": opened / close.shift(1) - 1, "body": close / opened - 1, "range": high / low - 1}

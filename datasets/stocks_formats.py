@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 from .ranking_columns import Table, read_table
-from .stocks_tables import FIELDS, LOG, BadRows, Grid, Issue, StockTables, checked, membership_mask
+from .stocks_tables import FIELDS, Grid, Judge, StockTables, checked, membership_mask
 
 _ALIASES = {
     "date": ("datetime", "timestamp", "time", "day", "tradedate"),
@@ -49,7 +49,7 @@ class Source:
     name: str
     content: tuple[Path, ...]
     fields: tuple[str, ...]
-    read: Callable[[BadRows], StockTables]
+    read: Callable[[Judge], StockTables]
     splits: Mapping[str, list[str]] | None = None
     clip_return: float | None = None
 
@@ -80,8 +80,8 @@ def open_long(
     if "close" not in fields and "adjclose" in head:
         fields.append("close")
 
-    def read(bad_rows: BadRows) -> StockTables:
-        return _read_long(files, membership, benchmark, calendar, columns, bad_rows)
+    def read(judge: Judge) -> StockTables:
+        return _read_long(files, membership, benchmark, calendar, columns, judge)
 
     return Source(name or Path(prices).stem, (*files, *extra, *index), tuple(fields), read)
 
@@ -111,27 +111,27 @@ def open_wide(
     for file in files.values():
         _header(file)
 
-    def read(bad_rows: BadRows) -> StockTables:
+    def read(judge: Judge) -> StockTables:
         calendar, symbols, fields, rows = read_wide_grids(files)
 
         def where(field: str, i: int, j: int) -> str:
             return f"{files[field].name}, column '{symbols[i]}', row {rows[field][j] + 1}"
 
         folder = str(files["close"].parent)
-        fields = checked(folder, calendar, symbols, fields, where, bad_rows)
-        return finish(folder, calendar, symbols, fields, membership, benchmark, bad_rows)
+        fields = checked(folder, calendar, symbols, fields, where, judge)
+        return finish(folder, calendar, symbols, fields, membership, benchmark, judge)
 
     return Source(name or files["close"].parent.name or "wide", (*files.values(), *extra), tuple(files), read)
 
 
 def finish(
     name: str, calendar: tuple[date, ...], symbols: tuple[str, ...], fields: dict[str, Grid], membership: str | None,
-    benchmark: str | None, bad_rows: BadRows, sectors: Mapping[str, str] | None = None,
+    benchmark: str | None, judge: Judge, sectors: Mapping[str, str] | None = None,
 ) -> StockTables:  # fmt: skip
     """Adds the universe and the index to checked prices."""
     spans = None if membership is None else read_spans(Path(membership))
     everyone = np.ones((len(symbols), len(calendar)), bool)
-    member = everyone if spans is None else membership_mask(str(membership), spans, symbols, calendar, bad_rows)
+    member = everyone if spans is None else membership_mask(str(membership), spans, symbols, calendar, judge)
     market = np.full(len(calendar), np.nan)
     if benchmark in symbols:
         row = symbols.index(str(benchmark))
@@ -140,7 +140,7 @@ def finish(
         if not Path(benchmark).is_file():
             raise UserError(f"data.files.benchmark={benchmark}: neither a file nor a symbol of {name}")
         market = _read_index(Path(benchmark), calendar)
-    return StockTables(calendar, symbols, fields, member, market, sectors or {})
+    return StockTables(calendar, symbols, fields, member, market, sectors or {}, tuple(judge.notes))
 
 
 def read_wide_grids(
@@ -263,7 +263,7 @@ def _require(table: Table, ours: Mapping[str, str], *names: str) -> None:
 
 def _read_long(
     files: list[Path], membership: str | None, benchmark: str | None, calendar_file: str | None,
-    columns: Mapping[str, str] | None, bad_rows: BadRows,
+    columns: Mapping[str, str] | None, judge: Judge,
 ) -> StockTables:  # fmt: skip
     name = str(files[0] if len(files) == 1 else files[0].parent)
     rows = pl.concat(
@@ -271,11 +271,11 @@ def _read_long(
         how="diagonal",
     )
     if calendar_file is not None:
-        rows = _within(rows, read_days(Path(calendar_file)), calendar_file, bad_rows)
-    rows = _without_repeats(rows, bad_rows)
+        rows = _within(rows, read_days(Path(calendar_file)), calendar_file, judge)
+    rows = _without_repeats(rows, judge)
     backwards = pl.col("date").diff().over("symbol") < pl.duration()
     if rows.select(backwards.any()).item():
-        LOG.warning("%s: rows are not in order of date; they have been sorted", name)
+        judge.notes.append(f"{name}: rows are not in order of date; they have been sorted")
     days = rows["date"].unique().sort() if calendar_file is None else read_days(Path(calendar_file))
     symbols = tuple(rows["symbol"].unique().sort().to_list())
     row = rows["symbol"].cast(pl.Enum(symbols)).to_physical().to_numpy().astype(np.int64)
@@ -291,12 +291,12 @@ def _read_long(
         return f"{file}row {rows['row'][place]}"
 
     calendar = tuple(days.to_list())
-    grids = checked(name, calendar, symbols, grids, where, bad_rows)
+    grids = checked(name, calendar, symbols, grids, where, judge)
     sectors: dict[str, str] = {}
     if "sector" in rows.columns:
         last = rows.drop_nulls("sector").group_by("symbol").agg(pl.col("sector").last())
         sectors = dict(last.select("symbol", pl.col("sector").cast(pl.String)).iter_rows())
-    return finish(name, calendar, symbols, grids, membership, benchmark, bad_rows, sectors)
+    return finish(name, calendar, symbols, grids, membership, benchmark, judge, sectors)
 
 
 def _read_prices(file: Path, columns: Mapping[str, str] | None, named_by_file: bool) -> pl.DataFrame:
@@ -324,23 +324,23 @@ def _read_prices(file: Path, columns: Mapping[str, str] | None, named_by_file: b
     return out.with_row_index("row", 1)
 
 
-def _within(rows: pl.DataFrame, days: pl.Series, calendar: str, bad_rows: BadRows) -> pl.DataFrame:
+def _within(rows: pl.DataFrame, days: pl.Series, calendar: str, judge: Judge) -> pl.DataFrame:
     inside = rows["date"].is_in(days.implode())
     outside = rows.filter(~inside)
     if len(outside):
         places = [f"row {r}: {s} on {d}" for r, s, d in outside.select("row", "symbol", "date")[:2].iter_rows()]
-        issue = Issue(f"dated outside the calendar {calendar}", "its days only", places, len(outside))
-        issue.settle(outside["file"][0], bad_rows)
+        judge.settle(
+            outside["file"][0], f"dated outside the calendar {calendar}", "its days only", places, len(outside)
+        )
     return rows.filter(inside)
 
 
-def _without_repeats(rows: pl.DataFrame, bad_rows: BadRows) -> pl.DataFrame:
+def _without_repeats(rows: pl.DataFrame, judge: Judge) -> pl.DataFrame:
     again = ~rows.select(pl.struct("date", "symbol").is_first_distinct()).to_series()
     if again.any():
         repeated = rows.filter(again)
         places = [f"row {r}: {s} on {d}" for r, s, d in repeated.select("row", "symbol", "date")[:2].iter_rows()]
-        issue = Issue("repeating a date and symbol", "each pair once", places, len(repeated))
-        issue.settle(repeated["file"][0], bad_rows)
+        judge.settle(repeated["file"][0], "repeating a date and symbol", "each pair once", places, len(repeated))
     return rows.filter(~again)
 
 

@@ -37,6 +37,7 @@ class StockPanel:
             `next_return` also covers names that are not valid that day, e.g. those a portfolio still holds.
         styles: names of the columns of `style`.
         sectors: symbol -> sector, where the source has them.
+        notes: what the user must be told about the data, e.g. dropped rows.
     """
 
     features: Float[Tensor, "symbols calendar features"]
@@ -50,6 +51,7 @@ class StockPanel:
     symbols: tuple[str, ...]
     styles: tuple[str, ...]
     sectors: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> "StockPanel":
         """The panel with its tensors on `device`."""

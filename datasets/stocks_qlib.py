@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import UserError
 from .stocks_formats import Source, finish, read_days, read_spans
-from .stocks_tables import FIELDS, BadRows, Grid, StockTables, checked
+from .stocks_tables import FIELDS, Grid, Judge, StockTables, checked
 
 _SUFFIX = ".day.bin"
 
@@ -49,7 +49,7 @@ def open_qlib(folder: str, universe: str = "all", benchmark: str | None = None, 
     if benchmark is not None and Path(benchmark).is_file():
         content.append(Path(benchmark))
 
-    def read(bad_rows: BadRows) -> StockTables:
+    def read(judge: Judge) -> StockTables:
         days = tuple(read_days(calendar).to_list())
         symbols = tuple(files)
         grids = {field: np.full((len(symbols), len(days)), np.nan) for field in fields}
@@ -62,8 +62,8 @@ def open_qlib(folder: str, universe: str = "all", benchmark: str | None = None, 
         def where(field: str, i: int, j: int) -> str:
             return str(files[symbols[i]][field].relative_to(root))
 
-        checked_grids: dict[str, Grid] = checked(str(root), days, symbols, grids, where, bad_rows)
-        return finish(str(root), days, symbols, checked_grids, str(spans), benchmark, bad_rows)
+        checked_grids: dict[str, Grid] = checked(str(root), days, symbols, grids, where, judge)
+        return finish(str(root), days, symbols, checked_grids, str(spans), benchmark, judge)
 
     return Source(name or universe, tuple(content), fields, read)
 

@@ -16,7 +16,7 @@ import polars as pl
 
 from ..errors import UserError
 from .stocks_formats import Source, read_wide_grids
-from .stocks_tables import BadRows, StockTables, checked
+from .stocks_tables import Judge, StockTables, checked
 
 _PACKAGE, _VERSION = "portfolio-backtester", "0.1.0"
 _FILES = {  # name -> sha256
@@ -39,9 +39,9 @@ def open_sp500() -> Source:
     """
     close, volume, factors = _installed()
 
-    def read(bad_rows: BadRows) -> StockTables:
+    def read(judge: Judge) -> StockTables:
         calendar, symbols, fields, _ = read_wide_grids({"close": close, "volume": volume})
-        fields = checked("sp500", calendar, symbols, fields, lambda field, i, j: str(close), bad_rows)
+        fields = checked("sp500", calendar, symbols, fields, lambda field, i, j: str(close), judge)
         days = pl.DataFrame({"Date": pl.Series(calendar, dtype=pl.Date)})
         market = (
             days.join(pl.read_csv(factors, try_parse_dates=True), on="Date", how="left", maintain_order="left")

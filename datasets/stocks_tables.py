@@ -1,7 +1,6 @@
 """What every stock reader returns: prices on a grid of symbols and trading days, and who was a member when."""
 
 import difflib
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -12,7 +11,6 @@ from jaxtyping import Bool, Float64
 
 from ..errors import UserError
 
-LOG = logging.getLogger(__name__)
 BadRows = Literal["raise", "drop"]
 Grid = Float64[np.ndarray, "symbols calendar"]
 Mask = Bool[np.ndarray, "symbols calendar"]
@@ -35,6 +33,7 @@ class StockTables:
         member: who belongs to the universe on which day.
         market: return of the market index from the close before to the day's close; NaN where unknown.
         sectors: symbol -> sector; empty where the source has none.
+        notes: what the user must be told, a line each.
     """
 
     calendar: tuple[date, ...]
@@ -43,38 +42,42 @@ class StockTables:
     member: Mask
     market: Float64[np.ndarray, " calendar"]
     sectors: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
-@dataclass(frozen=True)
-class Issue:
-    """Rows that cannot be right, as one line."""
+class Judge:
+    """Decides on rows that cannot be right, and keeps what the user must be told about the data.
 
-    what: str
-    expected: str
-    places: Sequence[str]  # the first few
-    count: int
+    Args:
+        bad_rows: `raise` at the first kind of them, or `drop` them and say how many.
+    """
 
-    def settle(self, file: str, bad_rows: BadRows) -> None:
-        """Raises UserError, or with `drop` says how many rows are left out."""
-        examples = "; ".join(self.places[:2])
-        if bad_rows == "raise":
+    def __init__(self, bad_rows: BadRows = "raise") -> None:
+        self.bad_rows = bad_rows
+        self.notes: list[str] = []
+
+    def settle(self, file: str, what: str, expected: str, places: Sequence[str], count: int) -> None:
+        """`count` rows are wrong, the first ones at `places`: one line, as UserError or as a note."""
+        examples = "; ".join(places[:2])
+        rows = f"{count:,} row{'s' * (count > 1)}"
+        if self.bad_rows == "raise":
             raise UserError(
-                f"{file}: {self.count:,} row{'s' * (self.count > 1)} {self.what} ({examples}); expected "
-                f"{self.expected}; correct them, or leave them out with data.bad_rows=drop"
+                f"{file}: {rows} {what} ({examples}); expected {expected}; correct them, or leave them out with "
+                f"data.bad_rows=drop"
             )
-        LOG.warning("%s: %s rows dropped: %s (%s)", file, f"{self.count:,}", self.what, examples)
+        self.notes.append(f"{file}: dropped {rows} {what} ({examples})")
 
 
 def checked(
     name: str, calendar: tuple[date, ...], symbols: tuple[str, ...], fields: dict[str, Grid], where: Where,
-    bad_rows: BadRows, today: date | None = None,
+    judge: Judge, today: date | None = None,
 ) -> dict[str, Grid]:  # fmt: skip
     """The grids without impossible rows.
 
     Args:
         name: of the source in messages.
         where: tells a place in the user's files.
-        bad_rows: `raise` at the first kind of impossible row, or `drop` them and say how many.
+        judge: of rows that cannot be right.
 
     Raises:
         UserError: one symbol alone, prices <= 0, high below low, negative volume, rows dated in the future, one
@@ -87,7 +90,7 @@ def checked(
         )
     bad = np.zeros((len(symbols), len(calendar)), bool)
 
-    def judge(column: str, rows: Mask, what: str, expected: str) -> None:
+    def look(column: str, rows: Mask, what: str, expected: str) -> None:
         rows = rows & ~bad  # a row is told of once
         count = int(rows.sum())
         if count:
@@ -95,21 +98,21 @@ def checked(
                 f"{where(column, i, j)}: {symbols[i]} on {calendar[j]}, {fields[column][i, j]:g}"
                 for i, j in np.argwhere(rows)[:2].tolist()
             ]
-            Issue(f"with {what}", expected, places, count).settle(name, bad_rows)
+            judge.settle(name, f"with {what}", expected, places, count)
             np.logical_or(bad, rows, out=bad)
 
     for column in (*PRICES, "factor", "cap"):
         if column in fields:
-            judge(column, fields[column] <= 0, f"{column} <= 0", f"{column} > 0")
-            judge(column, np.isinf(fields[column]), f"infinite {column}", "numbers")
+            look(column, fields[column] <= 0, f"{column} <= 0", f"{column} > 0")
+            look(column, np.isinf(fields[column]), f"infinite {column}", "numbers")
     for column in ("volume", "amount"):
         if column in fields:
-            judge(column, fields[column] < 0, f"{column} < 0", f"{column} >= 0")
+            look(column, fields[column] < 0, f"{column} < 0", f"{column} >= 0")
     if {"high", "low"} <= set(fields):
-        judge("high", fields["high"] < fields["low"] * (1 - _ROUNDING), "high < low", "high >= low")
+        look("high", fields["high"] < fields["low"] * (1 - _ROUNDING), "high < low", "high >= low")
     late = np.array([day > (today or date.today()) for day in calendar])
     if late.any():
-        judge("close", late & np.isfinite(fields["close"]), "a date in the future", "days up to today")
+        look("close", late & np.isfinite(fields["close"]), "a date in the future", "days up to today")
     if bad.any():
         fields = {column: np.where(bad, np.nan, grid) for column, grid in fields.items()}
     known = np.isfinite(fields["close"])
@@ -136,7 +139,7 @@ def _refuse_repeated(name: str, symbols: Sequence[str], close: Grid) -> None:
 
 def membership_mask(
     file: str, spans: Sequence[tuple[str, date | None, date | None]], symbols: Sequence[str],
-    calendar: Sequence[date], bad_rows: BadRows,
+    calendar: Sequence[date], judge: Judge,
 ) -> Mask:  # fmt: skip
     """Who is a member on which day.
 
@@ -167,7 +170,7 @@ def membership_mask(
             raise UserError(f"{file}: none of its {len(missing)} symbols ({missing[0]}, ...) has prices{hint}")
         places = [f"row {number}: {symbol}" for number, symbol in unknown[:2]]
         what = f"naming {len(missing)} symbols without prices"
-        Issue(what, "symbols of the price file" + hint, places, len(unknown)).settle(file, bad_rows)
+        judge.settle(file, what, "symbols of the price file" + hint, places, len(unknown))
     if not member.any():
         raise UserError(
             f"{file}: nobody is a member on any day from {calendar[0]} to {calendar[-1]}; expected spans that meet the "

@@ -5,6 +5,7 @@ from datetime import date, timedelta
 import numpy as np
 import polars as pl
 import pytest
+import pytorch_lightning as lightning
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -212,11 +213,11 @@ def test_own_file_end_to_end_and_cached(tmp_path):
         return StocksData(source="long", files={"prices": str(file)}, lookback=4, horizon=2, days_per_batch=7, **kwargs)
 
     first = data()
-    assert first.schema["num_features"] == 31 and first.schema["dataset"] == "prices"
+    assert first.schema["num_features"] == 29 and first.schema["dataset"] == "prices"
     assert "panel" not in first.__dict__  # the schema computes nothing
     first.setup("fit")
     train = list(first.train_dataloader())
-    assert all(batch.features.shape[0] == 7 and batch.features.shape[2:] == (4, 31) for batch in train)
+    assert all(batch.features.shape[0] == 7 and batch.features.shape[2:] == (4, 29) for batch in train)
     assert sorted(d for batch in train for d in batch.day.tolist()) != [
         d for batch in train for d in batch.day.tolist()
     ]
@@ -281,6 +282,36 @@ def test_predictions_get_their_dates_and_names(tmp_path):
     data = StocksData(source="long", files={"prices": str(tmp_path / "p.parquet")}, lookback=4, horizon=2)
     table = data.decode(pl.DataFrame({"day": [3, 199], "symbol": [7, 0], "score": [0.5, 1.5]}))
     assert table.rows() == [(date(2020, 1, 4), "S7", 0.5), (date(2020, 7, 18), "S0", 1.5)]
+
+
+class Line(lightning.LightningModule):
+    """The smallest thing that trains on these batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.seen = torch.nn.Linear(4, 1), []
+
+    def training_step(self, batch, index):
+        self.seen += batch.day.tolist()
+        return (self.layer(batch.features[:, :, -1]).squeeze(-1) - batch.label).square().mean()
+
+    def test_step(self, batch, index):
+        self.seen += batch.day.tolist()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_a_trainer_sees_every_train_day_once_in_a_new_order_each_epoch():
+    data, model = StocksData(source="planted", lookback=2, horizon=1, days_per_batch=42), Line()
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    options |= {"enable_model_summary": False, "use_distributed_sampler": False}
+    lightning.Trainer(max_epochs=2, **options).fit(model, datamodule=data)
+    train, first, second = data.days["train"], model.seen[:798], model.seen[798:]
+    assert sorted(first) == sorted(second) == train and first != second != train
+    model.seen = []
+    lightning.Trainer(**options).test(model, datamodule=data, verbose=False)
+    assert model.seen == data.days["test"]
 
 
 def test_planted_market_hides_its_signal_from_a_line():

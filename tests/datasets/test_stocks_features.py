@@ -179,9 +179,9 @@ def test_a_flat_price_has_no_correlation_and_no_rounding_noise():
 
 def test_columns_follow_the_fields_there_are():
     count = {f: len(feature_expressions("light", f)) for f in (("close",), ("close", "volume"))}
-    assert count == {("close",): 20, ("close", "volume"): 31}
+    assert count == {("close",): 20, ("close", "volume"): 29}
     bar = ("open", "high", "low", "close", "volume")
-    assert len(feature_expressions("light", bar)) == 38
+    assert len(feature_expressions("light", bar)) == 36
     assert "VWAP0" not in feature_expressions("alpha158", bar)
     with pytest.raises(UserError, match=r"needs open, high, low, and the source has close, volume; use .*light"):
         feature_expressions("alpha158", ("close", "volume"))
@@ -235,8 +235,7 @@ def test_prices_in_another_unit_change_no_ratio():
     for kind in ("light", "alpha158"):
         a, b = raw_features(tables, kind), raw_features(other, kind)
         for name in a:
-            if name not in ("dollars", "impact"):
-                np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)
 
 
 def test_amount_stands_in_for_volume():

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moezoo.datasets import stocks_sp500
 from moezoo.datasets.stocks import StocksData, open_source
+from moezoo.datasets.stocks_tables import Judge
 from moezoo.errors import UserError
 from moezoo.settings import real_data_dir
 
@@ -36,7 +37,7 @@ def rows(gaps=True):
 
 
 def read(file, bad_rows="raise", **files):
-    return open_source("long", {"prices": str(file), **files}).read(bad_rows)
+    return open_source("long", {"prices": str(file), **files}).read(Judge(bad_rows))
 
 
 def written(tmp_path, frame, name="prices.csv"):
@@ -96,8 +97,8 @@ def test_every_format_reads_the_same_market(tmp_path):
     for (symbol,), part in frame.group_by("symbol"):
         written(folder, part.drop("symbol"), f"{symbol}.csv")
     same(read(folder), expected, rtol=1e-14)
-    same(open_source("wide", write_wide(tmp_path, frame)).read("raise"), expected, rtol=1e-14)
-    qlib = open_source("qlib", {"folder": str(write_qlib(tmp_path / "q", frame))}).read("raise")
+    same(open_source("wide", write_wide(tmp_path, frame)).read(Judge()), expected, rtol=1e-14)
+    qlib = open_source("qlib", {"folder": str(write_qlib(tmp_path / "q", frame))}).read(Judge())
     spans = np.array([[True] * DAYS, [True] * DAYS, [False] * 8 + [True] * (DAYS - 8)])
     np.testing.assert_array_equal(qlib.member, spans)
     assert qlib.calendar == expected.calendar
@@ -109,11 +110,11 @@ def test_qlib_universe_is_dated_and_the_benchmark_leaves_it(tmp_path):
     root = write_qlib(tmp_path / "q", rows(gaps=False))
     two = open_source("qlib", {"folder": str(root), "universe": "two"})
     assert two.name == "two" and two.fields == ("open", "high", "low", "close", "volume")
-    tables = two.read("raise")
+    tables = two.read(Judge())
     assert tables.symbols == ("AAA", "CCC")
     assert tables.member.sum(1).tolist() == [17, DAYS - 6]
     assert not tables.member[0, 17] and tables.member[0, 16] and not tables.member[1, 5] and tables.member[1, 6]
-    indexed = open_source("qlib", {"folder": str(root), "benchmark": "BBB"}).read("raise")
+    indexed = open_source("qlib", {"folder": str(root), "benchmark": "BBB"}).read(Judge())
     assert indexed.member.sum(1).tolist() == [DAYS, 0, DAYS]
     close = indexed.fields["close"][1]
     np.testing.assert_allclose(indexed.market[1:], close[1:] / close[:-1] - 1)
@@ -130,7 +131,7 @@ def test_qlib_round_trip_of_gaps(tmp_path_factory, first, values):
     raw.tofile(root / "features" / "bbb" / "close.day.bin")
     with (root / "instruments" / "all.txt").open("a") as file:
         file.write("BBB\t2021-01-01\t2021-01-30\n")
-    close = open_source("qlib", {"folder": str(root)}).read("raise").fields["close"][1]
+    close = open_source("qlib", {"folder": str(root)}).read(Judge()).fields["close"][1]
     np.testing.assert_array_equal(close[first : first + len(values)], raw[1:].astype(float))
     assert np.isnan(close[:first]).all() and np.isnan(close[first + len(values) :]).all()
 
@@ -157,15 +158,13 @@ def test_dates_in_the_usual_forms(tmp_path, form):
     )
 
 
-def test_unsorted_rows_are_sorted_with_one_line(tmp_path, caplog):
+def test_unsorted_rows_are_sorted_with_one_line(tmp_path):
     frame = rows()
     in_order = read(written(tmp_path, frame))
-    assert not caplog.records
+    assert not in_order.notes
     shuffled = read(written(tmp_path, frame.sample(fraction=1, shuffle=True, seed=3), "s.csv"))
     same(shuffled, in_order)
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path}/s.csv: rows are not in order of date; they have been sorted"
-    ]
+    assert shuffled.notes == (f"{tmp_path}/s.csv: rows are not in order of date; they have been sorted",)
 
 
 def test_other_names_cap_sector_membership_and_index(tmp_path):
@@ -244,14 +243,14 @@ def test_a_bad_panel_is_one_line(name, tmp_path):
 @pytest.mark.parametrize(
     "name", ["repeated", "zero", "negative", "negative volume", "infinite", "high below low", "future"]
 )
-def test_bad_rows_are_dropped_when_asked_and_told(name, tmp_path, caplog):
+def test_bad_rows_are_dropped_when_asked_and_told(name, tmp_path):
     change, _ = MISTAKES[name]
     tables = read(written(tmp_path, change(rows())), bad_rows="drop")
     clean = read(written(tmp_path, rows(), "clean.csv"))
     lost = np.isfinite(clean.fields["close"]).sum() - np.isfinite(tables.fields["close"]).sum()
     assert lost == (0 if name == "repeated" else 1)
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert "dropped" in line and "\n" not in line
+    (line,) = tables.notes
+    assert line.startswith(f"{tmp_path}/prices.csv: dropped ") and "(row " in line and "\n" not in line
     for name, grid in tables.fields.items():
         assert np.array_equal(np.isnan(grid), np.isnan(tables.fields["close"])), name
 
@@ -286,10 +285,10 @@ def test_a_bad_membership_is_one_line(members, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_unknown_members_can_be_left_out(tmp_path, caplog):
+def test_unknown_members_can_be_left_out(tmp_path):
     spans = pl.DataFrame({"symbol": ["AAA", "XXX"], "start": ["2021-01-04"] * 2, "end": ["2021-03-01"] * 2})
     tables = read(written(tmp_path, rows()), "drop", membership=str(written(tmp_path, spans, "m.csv")))
-    assert tables.member.any(1).tolist() == [True, False, False] and len(caplog.records) == 1
+    assert tables.member.any(1).tolist() == [True, False, False] and len(tables.notes) == 1
 
 
 def test_other_mistakes_are_one_line(tmp_path):
@@ -305,18 +304,29 @@ def test_other_mistakes_are_one_line(tmp_path):
     wide = write_wide(tmp_path, rows())
     pl.read_csv(wide["volume"]).rename({"BBB": "ZZZ"}).write_csv(wide["volume"])
     with pytest.raises(UserError, match=r"volume.csv: column 'ZZZ' is no symbol of .*close.csv"):
-        open_source("wide", wide).read("raise")
+        open_source("wide", wide).read(Judge())
     root = write_qlib(tmp_path / "q", rows())
     with pytest.raises(UserError, match=r"data.files.universe=csi300: .* the folder has all, two"):
         open_source("qlib", {"folder": str(root), "universe": "csi300"})
     np.zeros(100, "<f4").tofile(root / "features" / "aaa" / "close.day.bin")
     with pytest.raises(UserError, match="99 values from position 0 leave the calendar of 60 days"):
-        open_source("qlib", {"folder": str(root)}).read("raise")
+        open_source("qlib", {"folder": str(root)}).read(Judge())
     (root / "features" / "aaa" / "close.day.bin").write_bytes(b"abc")
     with pytest.raises(UserError, match="3 bytes; expected float32"):
-        open_source("qlib", {"folder": str(root)}).read("raise")
+        open_source("qlib", {"folder": str(root)}).read(Judge())
     with pytest.raises(UserError, match=r"no folder 'calendars'; expected a Qlib folder"):
         open_source("qlib", {"folder": str(tmp_path)})
+
+
+def test_dropped_rows_are_told_each_time_also_from_the_cache(tmp_path, caplog):
+    file = written(tmp_path, edit("close", 7, "0")(rows()))
+    for _ in range(2):
+        caplog.clear()
+        data = StocksData(source="long", files={"prices": str(file)}, lookback=2, horizon=1, bad_rows="drop")
+        data.setup("fit")
+        data.setup("test")
+        assert [record.getMessage() for record in caplog.records] == list(data.panel.notes)
+        assert len(data.panel.notes) == 1 and "dropped 1 row with close <= 0" in data.panel.notes[0]
 
 
 def test_a_mistake_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -342,7 +352,7 @@ def test_sp500_without_its_package_names_the_extra(monkeypatch):
 @pytest.fixture(scope="module")
 def sp500():
     try:
-        return open_source("sp500", {}).read("raise")
+        return open_source("sp500", {}).read(Judge())
     except UserError as error:
         pytest.skip(str(error))
 
@@ -383,7 +393,7 @@ def real(name):
 
 
 @pytest.mark.real
-def test_real_sp500_ohlcv(caplog):
+def test_real_sp500_ohlcv():
     file = real("us_sp500_ohlcv_2013_2018.parquet")
     with pytest.raises(UserError, match="1 row with high < low"):
         read(file)
