@@ -75,9 +75,12 @@ def _ours(problem: Problem, backend: _Choice, compiled: bool = False) -> Built:
 
         return Built(layer_forward, list(moe.parameters()))
     weights = leaf(problem.weights)
-    network = partial(_routed, experts)
+
+    def network(x: Tensor) -> Tensor:
+        return _routed(experts, x, weights, problem.indices)
+
     run = torch.compile(network, mode="reduce-overhead") if compiled else network
-    return Built(lambda x: [run(x, weights, problem.indices)], [weights, *experts.parameters()])
+    return Built(lambda x: [run(x)], [weights, *experts.parameters()])
 
 
 def _routed(experts: MLPExperts, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
@@ -108,7 +111,7 @@ def reference(problem: Problem, x: Tensor) -> Tensor:
     for expert in range(case.experts):
         token, slot = (indices == expert).nonzero(as_tuple=True)
         out = F.linear(activate(F.linear(x[token], problem.w1[expert]), case.act), problem.w2[expert])
-        y = y.index_add(0, token, out * weights[token, slot, None])
+        y = y.index_add(0, token, out * weights[token, slot, None].to(x.dtype))
     return y
 
 

@@ -106,7 +106,7 @@ class TestMeasure:
 
         found = timed(TINY, Contender("cheat", "peer", build))["cheat"]
         assert not found.samples
-        assert "its output is off by" in found.unavailable
+        assert "its output in torch.float32 is off by" in found.unavailable
 
     def test_a_wrong_gradient_is_not_timed(self) -> None:
         def build(problem: Problem) -> Built:
@@ -117,7 +117,16 @@ class TestMeasure:
 
         found = timed(TINY, Contender("right", "peer", build), Contender("wrong", "peer", build_wrong))
         assert found["right"].check == "equal"
-        assert "its gradient is off by" in found["wrong"].unavailable
+        assert "its gradient in torch.float32 is off by" in found["wrong"].unavailable
+
+    def test_what_is_wrong_in_bf16_alone_is_not_timed(self) -> None:
+        def build(problem: Problem) -> Built:
+            slip = 0.1 if problem.x.dtype == torch.bfloat16 else 0.0
+            return Built(lambda x: [reference(problem, x) + slip * x], [])
+
+        found = timed(Case(24, 16, 32, 4, 2, dtype="bf16"), Contender("slip", "peer", build))
+        assert found["ours"].check == "equal"
+        assert "its output in torch.bfloat16 is off by" in found["slip"].unavailable
 
     def test_who_cannot_run_is_listed_with_the_reason(self) -> None:
         def unavailable(problem: Problem) -> Built:
