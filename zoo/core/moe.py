@@ -74,13 +74,13 @@ class MoE(nn.Module):
     def forward(
         self, x: Float[Tensor, "*batch dim"], return_routing: bool = False, **router_kw: Any
     ) -> Float[Tensor, "*batch out"] | tuple[Float[Tensor, "*batch out"], Routing]:
-        """Route every vector of x. `token_mask` and `task_id`, if given, have the batch shape of x.
+        """Route every vector of x. `token_mask`, `task_id` and `sequence_id`, if given, have the batch shape of x.
 
         The record returned counts tokens in the flattened order.
         """
         batch = x.shape[:-1]
         tokens = x.reshape(-1, x.shape[-1])
-        for name in ("token_mask", "task_id"):
+        for name in ("token_mask", "task_id", "sequence_id"):
             if router_kw.get(name) is not None:
                 router_kw[name] = router_kw[name].flatten(0, len(batch) - 1)
         routing: Routing = self.router(tokens, **router_kw)
