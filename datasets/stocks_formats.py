@@ -182,6 +182,8 @@ def read_wide_grids(
 def numbers(table: Table, column: str) -> pl.Series:
     """Float64, NaN where there is nothing."""
     values = table.frame[column]
+    if not (values.dtype.is_numeric() or values.dtype in (pl.String, pl.Null)):
+        raise UserError(f"{table.file}: column '{column}' is {values.dtype}; expected numbers")
     found = values.cast(pl.Float64, strict=False)
     table.refuse(found.is_null() & values.is_not_null(), column, "a number such as 1234.5, without unit or separator")
     return found.fill_null(np.nan)

@@ -291,6 +291,20 @@ def test_unknown_members_can_be_left_out(tmp_path):
     assert tables.member.any(1).tolist() == [True, False, False] and len(tables.notes) == 1
 
 
+@pytest.mark.parametrize(
+    ("column", "dtype", "message"),
+    [
+        ("close", pl.Boolean, "column 'close' is Boolean; expected numbers"),
+        ("volume", pl.Date, "column 'volume' is Date; expected numbers"),
+        ("date", pl.Float64, "column 'date' is Float64; expected dates such as 2024-05-31"),
+    ],
+)
+def test_a_wrong_type_is_one_line(column, dtype, message, tmp_path):
+    frame = rows().with_columns(pl.lit(1).cast(pl.Int32).cast(dtype).alias(column))
+    with pytest.raises(UserError, match=message):
+        read(written(tmp_path, frame, "p.parquet"))
+
+
 def test_other_mistakes_are_one_line(tmp_path):
     file = written(tmp_path, rows())
     with pytest.raises(UserError, match=r"data\.files\.benchmark=SPX: neither a file nor a symbol"):
