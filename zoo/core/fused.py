@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .activations import Activation, activate, activate_backward
-from .dispatch import Plan, sum_rows
-from .grouped import SortedBackend, add_bias, bias_gradient, close, follow_autocast, grad_input, grad_weight, matmul
+from .dispatch import Plan, sum_bags, sum_rows
+from .grouped import SortedBackend, add_bias, close, follow_autocast, grad_input, grad_weight, group_rows, matmul
 
 
 def routed_mlp(
@@ -83,13 +83,14 @@ class _RoutedMLP(torch.autograd.Function):
             grad_weights = products.index_select(0, row.view(-1)).view_as(row)
         g.mul_(weights.reshape(-1).index_select(0, slot).to(g.dtype)[:, None])
         grads: list[Tensor | None] = [None] * count
+        groups = group_rows(offsets, g.shape[0])
         for i in range(count - 2, -1, -2):
             if i < count - 2:
                 g = activate_backward(g, saved[i + 1], ctx.act)
             if needs[_FIXED + i]:
                 grads[i] = grad_weight(g, saved[i], offsets, ctx.backend)
             if needs[_FIXED + i + 1]:
-                grads[i + 1] = bias_gradient(g, offsets)
+                grads[i + 1] = sum_bags(g, *groups)
             if i > 0 or needs[0]:
                 g = grad_input(g, layers[i], offsets, ctx.backend)
         if needs[0]:

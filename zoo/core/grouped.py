@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .dispatch import sum_bags
+
 SortedBackend = Literal["grouped", "segment", "triton"]
 Backend = Literal["dense", "grouped", "segment", "triton", "padded", "gather"]
 BACKENDS = get_args(Backend)
@@ -157,7 +159,7 @@ class _GroupedLinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         grad_x = grad_input(grad, weight, offsets, ctx.backend) if needs_x else None
         grad_w = grad_weight(grad, x, offsets, ctx.backend) if needs_weight else None
-        grad_bias = bias_gradient(grad, offsets) if needs_bias else None
+        grad_bias = sum_bags(grad, *group_rows(offsets, grad.shape[0])) if needs_bias else None
         return grad_x, grad_w, grad_bias, None, None, None
 
 
@@ -198,11 +200,10 @@ def grad_weight(grad: Tensor, x: Tensor, offsets: Tensor, backend: SortedBackend
     return cast(Tensor, _op_or_function(_grad_weight_op, _grad_weight)(grad, x, offsets, backend))
 
 
-def bias_gradient(grad: Float[Tensor, "rows out"], offsets: Int32[Tensor, "experts"]) -> Float[Tensor, "experts out"]:
-    """`Σ_r grad[r]` per expert."""
+def group_rows(offsets: Int32[Tensor, "experts"], rows: int) -> tuple[Tensor, Tensor]:
+    """Every row, and where each expert's rows begin: what `sum_bags` needs to sum by expert."""
     starts = torch.cat([offsets.new_zeros(1), offsets[:-1]])
-    rows = torch.arange(grad.shape[0], dtype=torch.int32, device=grad.device)
-    return F.embedding_bag(rows, grad, starts, mode="sum")
+    return torch.arange(rows, dtype=torch.int32, device=offsets.device), starts
 
 
 def add_bias(rows: Tensor, bias: Tensor, expert: Tensor) -> None:

@@ -143,18 +143,21 @@ class MLPExperts(Experts):
 
         Every index must name an expert.
         """
-        x = follow_autocast(x)[0]
+        layers = [(layer.weight, layer.bias) for layer in self._stack()]
+        if torch.is_autocast_enabled(x.device.type):
+            x = follow_autocast(x)[0]
+            layers = [follow_autocast(*layer) for layer in layers]
+        *hidden, (weight, bias) = layers
         weights = weights.to(x.dtype)
-        *hidden, (weight, bias) = [follow_autocast(layer.weight, layer.bias) for layer in self._stack()]
         experts = indices.reshape(-1).tolist()
-        h = x.repeat_interleave(indices.shape[1], dim=0)
+        rows = [row for row in x.unbind() for _ in range(indices.shape[1])]
         for w, b in hidden:
-            rows = zip(h.unbind(), experts, strict=True)
-            h = self._activate(torch.stack([_affine(w[e], row, None if b is None else b[e]) for row, e in rows]))
-        h = h * weights.reshape(-1, 1)
+            z = [_affine(w[e], row, None if b is None else b[e]) for row, e in zip(rows, experts, strict=True)]
+            rows = list(self._activate(torch.stack(z)).unbind())
         y = x.new_zeros(x.shape[0], self.out) if bias is None else sum_rows(bias, indices, weights)
         targets = [row for row in y.unbind() for _ in range(indices.shape[1])]
-        for target, row, e in zip(targets, h.unbind(), experts, strict=True):
+        scaled = (torch.stack(rows) * weights.reshape(-1, 1)).unbind() if rows else ()
+        for target, row, e in zip(targets, scaled, experts, strict=True):
             target.addmv_(weight[e], row)
         return y
 
@@ -193,7 +196,7 @@ class MLPExperts(Experts):
         if backend in ("dense", "gather"):  # these take unsorted tokens
             backend = "grouped" if grouped_mm_is_legal(self.dims, dtype) else "segment"
         check_legal(backend, self.dims, dtype)
-        return cast(SortedBackend | Literal["padded"], backend)
+        return cast("SortedBackend | Literal['padded']", backend)
 
     def _padded(self, x_sorted: Float[Tensor, "rows dim"], plan: Plan) -> Float[Tensor, "rows out"]:
         """Groups padded to the largest one: batched matmuls instead of one per expert."""
@@ -214,7 +217,7 @@ class MLPExperts(Experts):
         return F.dropout(h, self.dropout, self.training) if self.dropout > 0 else h
 
     def _stack(self) -> list[StackedLinear]:
-        return cast(list[StackedLinear], list(self.layers))
+        return cast("list[StackedLinear]", list(self.layers))
 
     def extra_repr(self) -> str:
         return f"act={self.act}, dropout={self.dropout}, backend={self.backend}"
