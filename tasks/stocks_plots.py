@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 import torch
+from matplotlib.axes import Axes
+from matplotlib.dates import ConciseDateFormatter
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from .stocks import Scored
@@ -39,20 +42,22 @@ def _equity(scored: "Scored", portfolio: "Portfolio", dates: Sequence[date] | No
         ("portfolio, gross", portfolio.gross, BLUE, "--"),
         ("portfolio, net of costs", portfolio.net, BLUE, "-"),
         ("benchmark", scored.benchmark, ORANGE, "-"),
-        ("universe, equal weights", scored.equal, GREY, "-"),
+        ("universe, equal weights", scored.equal, GREY, "--"),
     ):
         above.plot(when, _running(series), style, color=colour, label=label, linewidth=1.3)
     above.set(ylabel="sum of returns, %")
     above.set_title("Top names, bought after each day's ranking (returns added, not compounded)", fontsize=11)
     above.legend(frameon=False, fontsize=9)
-    for label, benchmark, colour in (
-        ("over the benchmark", scored.benchmark, ORANGE),
-        ("over equal weights", scored.equal, GREY),
+    for label, benchmark, colour, style in (
+        ("over the benchmark", scored.benchmark, ORANGE, "-"),
+        ("over equal weights", scored.equal, GREY, "--"),
     ):
-        below.plot(when, _running(portfolio.net - benchmark), color=colour, label=label, linewidth=1.3)
+        below.plot(when, _running(portfolio.net - benchmark), style, color=colour, label=label, linewidth=1.3)
     below.axhline(0, color="black", linewidth=0.7)
     below.set(ylabel="net excess, %", xlabel="day of the test" if dates is None else "")
     below.legend(frameon=False, fontsize=9)
+    if dates is not None:
+        _date_axis(below)
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
     return _save(figure, path)
@@ -72,7 +77,7 @@ def _ic_by_month(scored: "Scored", dates: Sequence[date], path: Path) -> Path:
     )
     figure = Figure(figsize=(7.2, 3.6), layout="constrained")
     axes = figure.subplots()
-    positive = months["rank_ic"] >= 0
+    positive = months["rank_ic"].to_numpy() >= 0
     colours = [BLUE if good else ORANGE for good in positive]
     axes.bar(months["month"].to_list(), months["rank_ic"].to_list(), width=24, color=colours, alpha=0.55, align="edge")
     top = axes.get_ylim()[1]
@@ -81,10 +86,11 @@ def _ic_by_month(scored: "Scored", dates: Sequence[date], path: Path) -> Path:
         middle = row["first"] + (row["last"] - row["first"]) / 2
         axes.annotate(f"{row['year']}\n{row['rank_ic']:+.3f}", (middle, top), ha="center", va="bottom", fontsize=8)
     axes.axhline(0, color="black", linewidth=0.7)
-    mean = table["rank_ic"].mean()
+    _date_axis(axes)
+    mean = float(np.mean(table["rank_ic"].to_numpy()))
     axes.set(ylabel="RankIC")
     axes.set_title(
-        f"RankIC by month; black: by year; {positive.mean():.0%} of months above 0, mean {mean:+.4f}",
+        f"RankIC by month; black: by year; {float(np.mean(positive)):.0%} of months above 0, mean {mean:+.4f}",
         fontsize=11, pad=28,
     )  # fmt: skip
     axes.spines[["top", "right"]].set_visible(False)
@@ -99,33 +105,34 @@ def _usage_by_style(scored: "Scored", styles: Sequence[str], path: Path) -> Path
     whole = whole / whole.sum().clamp(min=1e-12)
     order = whole.argsort(descending=True, stable=True)
     order = order[whole[order] > 0][:24]  # the experts that do most of the work
-    lift = torch.log2((share[..., order] / whole[order]).clamp(min=2.0**-3, max=2.0**3))
-    bins = lift.shape[1]
-    figure = Figure(figsize=(3.2 + 0.3 * len(order), 1.6 + 0.28 * bins * len(styles)), layout="constrained")
+    lift = torch.log2((share[..., order] / whole[order]).clamp(min=2.0**-2, max=2.0**2))
+    bins, filled = lift.shape[1], (cells.sum(-1) > 0).flatten()
+    figure = Figure(figsize=(3.2 + 0.3 * len(order), 1.6 + 0.28 * int(filled.sum())), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(lift.flatten(0, 1).numpy(), cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto")
-    empty = cells.sum(-1).flatten() == 0
+    image = axes.imshow(lift.flatten(0, 1)[filled].numpy(), cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto")
     names = [
         f"{style} {'lowest fifth' if i == 0 else 'highest fifth' if i == bins - 1 else i + 1}"
         for style in styles
         for i in range(bins)
     ]
-    axes.set_yticks(
-        range(len(names)), [f"{n} (none)" if e else n for n, e in zip(names, empty, strict=True)], fontsize=8
-    )
+    axes.set_yticks(range(int(filled.sum())), [n for n, f in zip(names, filled.tolist(), strict=True) if f], fontsize=8)
     axes.set_xticks(range(len(order)), [f"{e}\n{whole[e]:.0%}" for e in order.tolist()], fontsize=7)
-    for boundary in np.arange(1, len(styles)) * bins - 0.5:
-        axes.axhline(boundary, color="black", linewidth=0.8)
+    for boundary in filled.view(len(styles), bins).sum(1).cumsum(0).tolist()[:-1]:
+        axes.axhline(boundary - 0.5, color="black", linewidth=0.8)
     axes.set(xlabel="expert, and its share of all weight")
     axes.set_title("Who is asked about what", fontsize=11)
-    bar = figure.colorbar(image, ax=axes, ticks=[-3, -2, -1, 0, 1, 2, 3])
-    bar.ax.set_yticklabels(["≤1/8", "1/4", "1/2", "1", "2", "4", "≥8"])
+    bar = figure.colorbar(image, ax=axes, ticks=[-2, -1, 0, 1, 2])
+    bar.ax.set_yticklabels(["≤1/4", "1/2", "1", "2", "≥4"])
     bar.set_label("use, times its average")
     return _save(figure, path)
 
 
-def _running(series: torch.Tensor) -> np.ndarray:  # type: ignore[type-arg]
-    total: np.ndarray = 100 * series.double().nan_to_num(nan=0.0).cumsum(0).numpy()  # type: ignore[type-arg]
+def _date_axis(axes: Axes) -> None:
+    axes.xaxis.set_major_formatter(ConciseDateFormatter(axes.xaxis.get_major_locator()))  # type: ignore[no-untyped-call]
+
+
+def _running(series: torch.Tensor) -> NDArray[np.float64]:
+    total: NDArray[np.float64] = 100 * series.double().nan_to_num(nan=0.0).cumsum(0).numpy()
     return total
 
 

@@ -68,7 +68,7 @@ def topk_dropout(
         held = value > 0
         total = cash + value.sum()
         free = topk - int(held.sum())
-        bids = _best(s.masked_fill(held, -torch.inf), n_drop + max(free, 0)) & (s > -torch.inf)
+        bids = _best(s.masked_fill(held, -torch.inf), n_drop + free) & (s > -torch.inf)
         rejected = _best(-s.masked_fill(~(held | bids), torch.inf), n_drop) & (held | bids)
         exits = held & rejected
         wanted = _best(s.masked_fill(~bids, -torch.inf), int(exits.sum()) + free) & bids

@@ -199,10 +199,12 @@ class GroupAttention(nn.Module):
         logits = key @ (query.unsqueeze(-1) * (slices * (dim // self.heads) ** -0.5))
         if heard is not None:
             mask = heard.transpose(0, 1).reshape(-1, experts).index_select(0, row)
-            logits = logits.masked_fill(~mask[..., None], -torch.inf)
+            # Padding hears nobody: a finite floor keeps it, and its gradient, free of NaN.
+            logits = logits.masked_fill(~mask[..., None], torch.finfo(logits.dtype).min)
         answer = ((logits.softmax(1).mT @ value) * slices.T).sum(1)
         direction = (readout @ self.output.mT).flatten(0, 1).index_select(0, chosen.flatten())
-        return (answer * direction).sum(-1).view(chosen.shape)
+        added: Tensor = (answer * direction).sum(-1).view(chosen.shape)
+        return added
 
 
 class CrossSection(nn.Module):
