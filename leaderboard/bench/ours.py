@@ -55,6 +55,8 @@ def _ours(problem: Problem, backend: _Choice, compiled: bool = False) -> Built:
     case = problem.case
     if backend == "gather" and case.mode == "train":
         raise Unsuited("a few small products per token: without gradients only")
+    if backend == "dense" and case.tokens >= 1024 and case.experts > 8 * case.top_k:
+        raise Unsuited("more than eight times the floating point operations of the others")
     experts = MLPExperts(case.experts, case.dim, case.hidden, act=case.act, bias=case.bias, backend=backend)
     router = TopKRouter(case.dim, case.experts, case.top_k, norm_topk_prob=case.top_k > 1 or case.experts == 1)
     with torch.no_grad():

@@ -25,7 +25,7 @@ def peers() -> list[Contender]:
     tutel = "git clone https://github.com/microsoft/tutel && NO_CUDA=1 pip install --no-build-isolation ./tutel"
     deepspeed = "pip install deepspeed  (builds an operator when first used: needs g++ and ninja)"
     drops = "capacity 1.25: drops tokens"
-    lucid = "top-2 only; one-hot dispatch, capacity 1.25: drops tokens"
+    lucid = "one-hot dispatch per sequence of 256 tokens, capacity 1.25: drops tokens"
     return [
         *(
             Contender(f"transformers/{kind}", "peer", partial(_transformers, kind=kind), install=hf)
@@ -45,7 +45,7 @@ def peers() -> list[Contender]:
             install="pip install st-moe-pytorch",
         ),
         Contender(
-            "soft-moe", "peer", _soft_moe, "another operation: every slot mixes all tokens, quadratic in N",
+            "soft-moe", "peer", _soft_moe, "another operation: every slot mixes all tokens of a sequence (256 here)",
             comparable=False, install="pip install soft-moe-pytorch",
         ),
         Contender(
@@ -86,6 +86,12 @@ def _limit(elements: float, what: str) -> None:
     _require(elements * 4 <= _LARGEST, f"{what} would take {elements * 4 / 2**30:.1f} GiB")
 
 
+def _sequences(x: Tensor) -> Tensor:
+    """For layers that route within a sequence, at a cost quadratic in its length."""
+    length = 256 if x.shape[0] % 256 == 0 else x.shape[0]
+    return x.view(-1, length, x.shape[1])
+
+
 def _set(*pairs: tuple[Tensor, Tensor]) -> None:
     with torch.no_grad():
         for parameter, value in pairs:
@@ -96,7 +102,9 @@ def _transformers(problem: Problem, kind: str) -> Built:
     """Mixtral's block where experts are gated, Nemotron-H's experts where they are not."""
     case = problem.case
     if kind == "batched_mm":
-        _limit(case.tokens * case.top_k * problem.w1[0].numel(), "one copy of the weights per row")
+        _limit(
+            2 * case.tokens * case.top_k * problem.w1[0].numel(), "one copy of the weights per row, and its gradient,"
+        )
     _require(not case.bias, "experts without bias only")
     if case.act == "swiglu":
         model = _load("transformers.models.mixtral.modeling_mixtral")
@@ -241,13 +249,13 @@ def _mixture_of_experts(problem: Problem) -> Built:
     case = problem.case
     _require(case.part == "layer" and case.act == "gelu", "a whole layer of two-layer experts only")
     _require(case.top_k == 2, "top-2 only")
-    _limit(1.25 * case.tokens**2, "its one-hot dispatch mask")
+    _limit(1.25 * case.tokens * _sequences(problem.x).shape[1], "its one-hot dispatch mask")
     library = _load("mixture_of_experts")
     moe = library.MoE(case.dim, case.experts, hidden_dim=case.hidden, activation=nn.GELU).to(problem.x)
 
     def layer(x: Tensor) -> list[Tensor]:
-        y, balance = moe(x[None])
-        return [y[0], balance]
+        y, balance = moe(_sequences(x))
+        return [y.view_as(x), balance]
 
     return Built(layer, parameters_of(moe), exact=False)
 
@@ -257,14 +265,14 @@ def _st_moe(problem: Problem) -> Built:
     _require(case.part == "layer" and case.act == "swiglu", "a whole layer of gated experts only")
     _require(case.mode == "train" and case.dtype == "fp32", "compared in fp32 training only")
     _require(case.top_k >= 2, "top-2 and more")
-    _limit(1.25 * case.top_k * case.tokens**2, "its one-hot dispatch mask")
+    _limit(1.25 * case.top_k * case.tokens * _sequences(problem.x).shape[1], "its one-hot dispatch mask")
     library = _load("st_moe_pytorch")
     multiple = 1.5 * case.hidden / case.dim + 1e-9  # it takes two thirds of it
     moe = library.MoE(case.dim, case.experts, expert_hidden_mult=multiple, gating_top_n=case.top_k).to(problem.x)
 
     def layer(x: Tensor) -> list[Tensor]:
-        y, losses, *_ = moe(x[None])
-        return [y[0], losses]
+        y, losses, *_ = moe(_sequences(x))
+        return [y.view_as(x), losses]
 
     return Built(layer, parameters_of(moe), exact=False)
 
@@ -272,13 +280,13 @@ def _st_moe(problem: Problem) -> Built:
 def _soft_moe(problem: Problem) -> Built:
     case = problem.case
     _require(case.part == "layer" and case.act == "gelu", "compared as a whole layer of two-layer experts only")
-    slots = max(1, case.tokens * case.top_k // case.experts)
+    slots = max(1, _sequences(problem.x).shape[1] * case.top_k // case.experts)
     _limit(3 * case.tokens * slots * case.experts, "its mixing weights of all tokens and slots")
     library = _load("soft_moe_pytorch")
     moe = library.SoftMoE(
         case.dim, num_experts=case.experts, num_slots=slots, expert_mult=case.hidden / case.dim
     ).to(problem.x)  # fmt: skip
-    return Built(lambda x: [moe(x[None])[0]], parameters_of(moe), exact=False)
+    return Built(lambda x: [moe(_sequences(x)).view_as(x)], parameters_of(moe), exact=False)
 
 
 def _scattermoe(problem: Problem) -> Built:
