@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int, Int32
+from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -63,6 +63,33 @@ def make_plan(indices: Int[Tensor, "tokens k"], num_experts: int, *, dropless: b
     token = slot >> (k.bit_length() - 1) if k & (k - 1) == 0 else slot // k  # shifting is quicker
     expert = keys.to(torch.int32)
     return Plan(slot, token, row, expert if dropless else expert.clamp_max(num_experts - 1), offsets, dropless)
+
+
+def pad_plan(plan: Plan) -> tuple[Plan, Bool[Tensor, "rows"]] | None:
+    """The plan with every expert's rows padded to those of the busiest one, and a mask of what is padding.
+
+    Slots of the tail point to padding, and padding repeats a row that is none. None if there is no such row.
+    Waits for the device.
+    """
+    experts, pairs, device = plan.num_experts, plan.slot.shape[0], plan.slot.device
+    longest = int(plan.counts.max())
+    if longest == 0:
+        return None
+    if not plan.dropless:
+        longest += 1  # so that there is padding for the tail to point to
+    ends = torch.arange(1, experts + 1, dtype=torch.int32, device=device) * longest
+    rows = torch.arange(pairs, device=device)
+    place = rows + (ends - longest - plan.offsets + plan.counts).index_select(0, plan.expert)
+    if not plan.dropless:
+        place = torch.where(rows < plan.offsets[-1], place, longest - 1)
+    source = torch.zeros(experts * longest, dtype=torch.int64, device=device).index_copy_(0, place, rows)
+    padding = torch.ones(experts * longest, dtype=torch.bool, device=device).index_fill_(0, place, False)
+    if not plan.dropless:
+        source[longest - 1], padding[longest - 1] = 0, True
+    slot, token = plan.slot.index_select(0, source), plan.token.index_select(0, source)
+    row = place.index_select(0, plan.row.reshape(-1)).view_as(plan.row)
+    expert = torch.arange(experts, dtype=torch.int32, device=device).repeat_interleave(longest)
+    return Plan(slot, token, row, expert, ends, plan.dropless), padding
 
 
 def dispatch(x: Float[Tensor, "tokens *dims"], plan: Plan) -> Float[Tensor, "rows *dims"]:

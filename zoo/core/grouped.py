@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from .dispatch import sum_bags
 
-SortedBackend = Literal["grouped", "segment", "triton"]
+GroupedBackend = Literal["grouped", "segment", "triton"]
+SortedBackend = GroupedBackend | Literal["padded"]
 Backend = Literal["dense", "grouped", "segment", "triton", "padded", "gather"]
 BACKENDS = get_args(Backend)
 _TRITON_IS_THERE = find_spec("triton") is not None
@@ -26,7 +27,7 @@ def grouped_linear(
     offsets: Int32[Tensor, "experts"],
     bias: Float[Tensor, "experts out_dim"] | None = None,
     *,
-    backend: SortedBackend | Literal["auto"] = "auto",
+    backend: GroupedBackend | Literal["auto"] = "auto",
     dropless: bool = False,
 ) -> Float[Tensor, "rows out_dim"]:
     """`y[r] = x[r] @ weight[e].T + bias[e]` where row r lies before `offsets[e]`.
@@ -73,9 +74,9 @@ def select_backend(
     rows_per_expert = tokens * top_k / num_experts
     if device.type == "cpu":
         low = dtype in (torch.bfloat16, torch.float16)
-        if low and rows_per_expert < 128 and largest <= 2**14 and not compiling:
+        if low and rows_per_expert <= 256 and largest <= 2**14 and not compiling:
             return "padded"  # the fixed cost of a bf16 matmul exceeds that of the padding
-        return "grouped" if legal else "segment"
+        return "grouped" if legal and rows_per_expert < 256 else "segment"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if legal and dtype == torch.bfloat16 and capability >= (9, 0):
@@ -142,20 +143,18 @@ class _GroupedLinear(torch.autograd.Function):
         backend: SortedBackend,
     ) -> Tensor:
         offsets, tail = close(offsets, x.shape[0], dropless)
-        x = x.contiguous() if tail is None else x.masked_fill(tail, 0.0).contiguous()
+        x = x.contiguous() if tail is None else x.masked_fill(tail[:, None], 0.0).contiguous()
         ctx.save_for_backward(x, weight, offsets, tail)
         ctx.backend = backend
-        out = matmul(x, weight, offsets, backend)
-        if bias is not None:
-            add_bias(out, bias, row_experts(offsets, x.shape[0]))
-        return out if tail is None else out.masked_fill_(tail, 0.0)
+        out = matmul(x, weight, offsets, backend, bias)
+        return out if tail is None else out.masked_fill_(tail[:, None], 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, offsets, tail = ctx.saved_tensors
         # Expanded gradients, as of sum(), have strides that grouped_mm refuses.
-        grad = grad.contiguous() if tail is None else grad.masked_fill(tail, 0.0).contiguous()
+        grad = grad.contiguous() if tail is None else grad.masked_fill(tail[:, None], 0.0).contiguous()
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         grad_x = grad_input(grad, weight, offsets, ctx.backend) if needs_x else None
         grad_w = grad_weight(grad, x, offsets, ctx.backend) if needs_weight else None
@@ -164,7 +163,7 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def close(offsets: Tensor, rows: int, dropless: bool) -> tuple[Tensor, Tensor | None]:
-    """Offsets that cover every row, and a mask [rows, 1] of the tail that this adds to the last expert.
+    """Offsets that cover every row, and a mask [rows] of the tail that this adds to the last expert.
 
     grouped_mm leaves rows behind the last offset uninitialised; computing and then masking them needs
     neither their number on the host nor a second kernel.
@@ -173,17 +172,24 @@ def close(offsets: Tensor, rows: int, dropless: bool) -> tuple[Tensor, Tensor | 
         return offsets, None
     tail = torch.arange(rows, device=offsets.device) >= offsets[-1]
     closed = torch.cat([offsets[:-1], offsets.new_full((1,), rows)])
-    return closed, tail[:, None]
+    return closed, tail
 
 
-# The four products below take offsets that cover every row, and contiguous rows.
+# The three products below take offsets that cover every row, and contiguous rows; for "padded" equal groups.
 
 
-def matmul(x: Tensor, weight: Tensor, offsets: Tensor, backend: SortedBackend) -> Tensor:
-    """`x[r] @ weight[e].T`: [rows, in] with [experts, out, in]."""
+def matmul(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    backend: SortedBackend,
+    bias: Tensor | None = None,
+    expert: Tensor | None = None,
+) -> Tensor:
+    """`x[r] @ weight[e].T + bias[e]`: [rows, in] with [experts, out, in] and [experts, out]; e = expert[r]."""
     if backend == "grouped" and _direct(x):
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
-    return cast(Tensor, _op_or_function(_matmul_op, _matmul)(x, weight, offsets, backend))
+        return _grouped_matmul(x, weight, offsets, bias, expert)
+    return cast(Tensor, _op_or_function(_matmul_op, _matmul)(x, weight, offsets, backend, bias, expert))
 
 
 def grad_input(grad: Tensor, weight: Tensor, offsets: Tensor, backend: SortedBackend) -> Tensor:
@@ -206,23 +212,42 @@ def group_rows(offsets: Int32[Tensor, "experts"], rows: int) -> tuple[Tensor, Te
     return torch.arange(rows, dtype=torch.int32, device=offsets.device), starts
 
 
-def add_bias(rows: Tensor, bias: Tensor, expert: Tensor) -> None:
-    """`rows[r] += bias[expert[r]]`."""
-    rows.add_(bias.index_select(0, expert))
+def _grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, expert: Tensor | None) -> Tensor:
+    out = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+    if bias is None:
+        return out
+    return out.add_(bias.index_select(0, row_experts(offsets, x.shape[0]) if expert is None else expert))
 
 
-def _matmul(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) -> Tensor:
+def _matmul(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    backend: str,
+    bias: Tensor | None = None,
+    expert: Tensor | None = None,
+) -> Tensor:
+    if backend == "grouped":
+        return _grouped_matmul(x, weight, offsets, bias, expert)
     if backend == "triton":
         from .grouped_triton import triton_matmul
 
-        return triton_matmul(x, weight, offsets)
-    if backend == "grouped":
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
-    out = x.new_empty(x.shape[0], weight.shape[1])
+        return triton_matmul(x, weight, offsets, bias)
+    transposed = weight.transpose(1, 2)
+    if backend == "padded":
+        padded = x.unflatten(0, (weight.shape[0], -1))
+        out = padded.bmm(transposed) if bias is None else torch.baddbmm(bias[:, None], padded, transposed)
+        return out.flatten(0, 1)
     sizes = group_sizes(offsets)
-    for rows, target, w in zip(x.split(sizes), out.split(sizes), weight.transpose(1, 2).unbind(), strict=True):
-        if rows.shape[0]:
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    groups = zip(x.split(sizes), out.split(sizes), transposed.unbind(), strict=True)
+    for e, (rows, target, w) in enumerate(groups):
+        if rows.shape[0] == 0:
+            continue
+        if bias is None:
             torch.mm(rows, w, out=target)
+        else:
+            torch.addmm(bias[e], rows, w, out=target)
     return out
 
 
@@ -239,8 +264,11 @@ def _grad_weight(grad: Tensor, x: Tensor, offsets: Tensor, backend: str) -> Tens
         from .grouped_triton import triton_weight_gradients
 
         return triton_weight_gradients(grad, x, offsets)[0]
+    experts = offsets.shape[0]
+    if backend == "padded":
+        return torch.bmm(grad.unflatten(0, (experts, -1)).transpose(1, 2), x.unflatten(0, (experts, -1)))
     sizes = group_sizes(offsets)
-    out = x.new_empty(len(sizes), grad.shape[1], x.shape[1])
+    out = x.new_empty(experts, grad.shape[1], x.shape[1])
     for g, rows, target in zip(grad.split(sizes), x.split(sizes), out.unbind(), strict=True):
         torch.mm(g.t(), rows, out=target)  # zero for an expert without rows
     return out
@@ -262,7 +290,9 @@ _grad_weight_op = torch.library.custom_op("moezoo::grouped_grad_weight", _grad_w
 
 
 @_matmul_op.register_fake
-def _(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) -> Tensor:
+def _(
+    x: Tensor, weight: Tensor, offsets: Tensor, backend: str, bias: Tensor | None = None, expert: Tensor | None = None
+) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 

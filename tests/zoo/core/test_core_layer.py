@@ -7,7 +7,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moezoo.zoo.core import DenseRouter, FixedRouter, MLPExperts, ModuleExperts, MoE, NoisyTopKRouter, TopKRouter
+from moezoo.zoo.core import (
+    DenseRouter,
+    FixedRouter,
+    MLPExperts,
+    ModuleExperts,
+    MoE,
+    NoisyTopKRouter,
+    TopKRouter,
+    make_plan,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -309,15 +318,13 @@ def test_mistakes_are_named():
 
 
 @pytest.mark.parametrize("skewed", [False, True])
-def test_auto_pads_small_bfloat16_groups_unless_they_are_skewed(skewed, monkeypatch):
+def test_auto_pads_small_bfloat16_groups_unless_they_are_skewed(skewed):
     torch.manual_seed(0)
     experts = MLPExperts(8, 8, 16).bfloat16()
-    indices = torch.zeros(32, 1, dtype=torch.int64) if skewed else torch.arange(32)[:, None] % 8
-    padded = []
-    original = experts._padded
-    monkeypatch.setattr(experts, "_padded", lambda *a: padded.append(True) or original(*a))
-    x = torch.randn(32, 8, dtype=torch.bfloat16)
+    indices = torch.zeros(320, 1, dtype=torch.int64) if skewed else torch.arange(320)[:, None] % 8
+    x = torch.randn(320, 8, dtype=torch.bfloat16)
     got = MoE(FixedRouter(8), experts)(x, task_id=indices[:, 0])
     want = MoE(FixedRouter(8), experts, backend="dense")(x, task_id=indices[:, 0])
-    assert bool(padded) != skewed
+    backend = experts._sorted_backend("auto", x, make_plan(indices, 8, dropless=True))
+    assert backend == ("grouped" if skewed else "padded")
     torch.testing.assert_close(got, want, rtol=0.03, atol=0.03)

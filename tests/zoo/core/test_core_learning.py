@@ -4,8 +4,20 @@ import functools
 
 import pytest
 import torch
-from moezoo.zoo.core import DenseRouter, MLPExperts, MoE, NoisyTopKRouter, TopKRouter
-from moezoo.zoo.core.statistics import label_expert_nmi, max_violation
+from moezoo.zoo.core import (
+    DenseRouter,
+    ExpertChoiceRouter,
+    MLPExperts,
+    MoE,
+    NoisyTopKRouter,
+    NullExpertRouter,
+    StraightThroughRouter,
+    SwitchRouter,
+    TopKRouter,
+    ZeroExpert,
+    update_router_bias,
+)
+from moezoo.zoo.core.statistics import expert_load, label_expert_nmi
 from torch import nn
 
 DIM, CLUSTERS, EXPERTS, WIDTH = 8, 8, 8, 16
@@ -51,20 +63,41 @@ def error_of_one_network(seed):
     return relative_error(mlp(x), y)
 
 
+ROUTERS = {
+    "dense": lambda: DenseRouter(DIM, EXPERTS),
+    "dense, activation gate": lambda: DenseRouter(DIM, EXPERTS, activation=torch.tanh, temperature=0.1),
+    "top-2": lambda: TopKRouter(DIM, EXPERTS, 2),
+    "top-2, coef .1": lambda: TopKRouter(DIM, EXPERTS, 2, aux_coef=0.1),
+    "top-2, groups": lambda: TopKRouter(DIM, EXPERTS, 2, num_groups=2, topk_groups=1),
+    "noisy top-2": lambda: NoisyTopKRouter(DIM, EXPERTS, 2),
+    "sigmoid, no balance": lambda: TopKRouter(DIM, EXPERTS, 2, score_func="sigmoid", balance="none"),
+    "sigmoid, bias 1e-3": lambda: TopKRouter(DIM, EXPERTS, 2, score_func="sigmoid", balance="bias"),
+    "expert choice": lambda: ExpertChoiceRouter(DIM, EXPERTS),
+    "null": lambda: NullExpertRouter(DIM, EXPERTS, num_null=4, top_k=4),
+    "top-1": lambda: TopKRouter(DIM, EXPERTS, 1, norm_topk_prob=False),
+    "switch": lambda: SwitchRouter(DIM, EXPERTS, capacity_factor=2.0),
+    "switch, BPR": lambda: SwitchRouter(DIM, EXPERTS, capacity_factor=2.0, priority="prob"),
+    "straight-through": lambda: StraightThroughRouter(DIM, EXPERTS),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("name", ["dense", "top2", "noisy2"])
+@pytest.mark.parametrize("name", ROUTERS)
 def test_experts_learn_the_clusters(name, seed):
     torch.manual_seed(seed)
-    router = {
-        "dense": lambda: DenseRouter(DIM, EXPERTS),
-        "top2": lambda: TopKRouter(DIM, EXPERTS, 2),
-        "noisy2": lambda: NoisyTopKRouter(DIM, EXPERTS, 2),
-    }[name]()
-    moe, toy = MoE(router, MLPExperts(EXPERTS, DIM, WIDTH, 1)), Toy(seed)
+    router = ROUTERS[name]()
+    extra = [ZeroExpert() for _ in range(router.num_extra)]
+    # A token whose slots are all null or dropped needs a way around the experts.
+    shared = nn.Linear(DIM, 1) if router.num_extra or name.startswith("switch") else None
+    moe, toy = MoE(router, MLPExperts(EXPERTS, DIM, WIDTH, 1), shared, extra_experts=extra), Toy(seed)
+
+    loads = []
 
     def loss_of(x, y):
+        update_router_bias(moe)
         got, routing = moe(x, return_routing=True)
+        loads.append(expert_load(routing))
         return (got - y).square().mean() + routing.aux_loss
 
     train(moe, loss_of, toy)
@@ -73,9 +106,16 @@ def test_experts_learn_the_clusters(name, seed):
         got, routing = moe.eval()(x, return_routing=True)
     error, nmi = relative_error(got, y), label_expert_nmi(routing, cluster).item()
     rival = error_of_one_network(seed)
-    violation = max_violation(routing).item()
+    # Over many batches: with a bias, experts that tie take turns, so a single batch says little.
+    load = torch.stack(loads[-300:]).mean(0)
+    violation = (load.max() / load.mean() - 1).item()
     print(f"\n{name} seed {seed}: relMSE {error:.4f} (MLP {rival:.4f}) MaxVio {violation:.2f} NMI {nmi:.3f}")
-    assert error <= 0.008
-    assert error < rival
-    if name != "dense":  # a dense gate mixes experts, so its largest one need not tell the cluster
-        assert nmi >= 0.85
+    assert error < 0.05  # a network of one expert's width leaves .08
+    if router.top_k == 2:
+        assert error <= 0.01 and error < rival
+    if name in ("top-2", "noisy top-2"):
+        assert error <= 0.008 and nmi >= 0.85
+    if name == "sigmoid, bias 1e-3":
+        assert violation <= 0.25
+    if name == "expert choice":
+        assert violation <= 1e-6

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..dispatch import Plan, combine, dispatch, make_plan
-from ..grouped import Backend, SortedBackend, row_experts
+from ..grouped import Backend, GroupedBackend, row_experts
 
 Sorted = Backend | Literal["auto"]
 
@@ -79,9 +79,9 @@ def keep_own(y: Float[Tensor, "rows experts *dims"], plan: Plan) -> Float[Tensor
     return y.gather(1, index).squeeze(1).masked_fill(expert.squeeze(1) == y.shape[1], 0.0)
 
 
-def matmul_backend(backend: Sorted) -> SortedBackend | Literal["auto"]:
+def matmul_backend(backend: Sorted) -> GroupedBackend | Literal["auto"]:
     """What `grouped_linear` is asked for; it knows neither "dense" nor "padded" nor "gather"."""
-    return backend if backend in get_args(SortedBackend) else "auto"  # type: ignore[return-value]
+    return backend if backend in get_args(GroupedBackend) else "auto"  # type: ignore[return-value]
 
 
 def wide_is_quicker(numel: int, width: int, num_experts: int, top_k: int) -> bool:

@@ -14,14 +14,13 @@ from ..fused import routed_mlp
 from ..grouped import (
     BACKENDS,
     Backend,
+    GroupedBackend,
     SortedBackend,
     check_legal,
     computing_dtype,
     follow_autocast,
-    group_sizes,
     grouped_linear,
     grouped_mm_is_legal,
-    row_experts,
     select_backend,
 )
 from .base import Experts, mix
@@ -51,7 +50,7 @@ class StackedLinear(nn.Module):
         self,
         x: Float[Tensor, "rows in_dim"],
         offsets: Int32[Tensor, "experts"],
-        backend: SortedBackend | Literal["auto"],
+        backend: GroupedBackend | Literal["auto"],
         dropless: bool,
     ) -> Float[Tensor, "rows out_dim"]:
         """Each row through its own expert."""
@@ -115,7 +114,7 @@ class MLPExperts(Experts):
     ) -> Float[Tensor, "rows out"]:
         backend = self._sorted_backend(backend, x_sorted, plan)
         if backend == "padded":
-            return self._padded(x_sorted, plan)
+            backend = "segment"  # padding happens on the way to the experts, see routed()
         h = x_sorted
         *hidden, last = self._stack()
         for layer in hidden:
@@ -131,7 +130,7 @@ class MLPExperts(Experts):
         backend: Backend | Literal["auto"] = "auto",
     ) -> Float[Tensor, "tokens out"]:
         backend = self._sorted_backend(backend, x, plan)
-        if backend == "padded" or (self.dropout > 0 and self.training):
+        if self.dropout > 0 and self.training:
             return combine(self(dispatch(x, plan), plan, backend=backend), weights, plan)
         layers = [(layer.weight, layer.bias) for layer in self._stack()]
         return routed_mlp(x, weights, plan, layers, self.act, backend)
@@ -184,33 +183,15 @@ class MLPExperts(Experts):
             override=self.backend,
         )
 
-    def _sorted_backend(
-        self, backend: Backend | Literal["auto"], x: Tensor, plan: Plan
-    ) -> SortedBackend | Literal["padded"]:
+    def _sorted_backend(self, backend: Backend | Literal["auto"], x: Tensor, plan: Plan) -> SortedBackend:
         """The backend for rows that are sorted already, or soon will be."""
-        if backend == "auto":
-            backend = self.select(x, plan.row.shape[1], tokens=plan.row.shape[0])
-            if backend == "padded" and self.backend == "auto" and _skewed(plan):
-                backend = "segment"
+        chosen = self.select(x, plan.row.shape[1], tokens=plan.row.shape[0]) if backend == "auto" else backend
+        free = backend == "auto" and self.backend == "auto"
         dtype = computing_dtype(x)
-        if backend in ("dense", "gather"):  # these take unsorted tokens
-            backend = "grouped" if grouped_mm_is_legal(self.dims, dtype) else "segment"
-        check_legal(backend, self.dims, dtype)
-        return cast("SortedBackend | Literal['padded']", backend)
-
-    def _padded(self, x_sorted: Float[Tensor, "rows dim"], plan: Plan) -> Float[Tensor, "rows out"]:
-        """Groups padded to the largest one: batched matmuls instead of one per expert."""
-        sizes = group_sizes(plan.offsets)
-        total, longest = sum(sizes), max(sizes)
-        expert = row_experts(plan.offsets, total)
-        place = torch.arange(total, device=expert.device) + expert * longest - (plan.offsets - plan.counts)[expert]
-        h = x_sorted.new_zeros(self.num_experts * longest, self.dim).index_copy(0, place, x_sorted[:total])
-        h = h.view(self.num_experts, longest, self.dim)
-        *hidden, last = self._stack()
-        for layer in hidden:
-            h = self._activate(layer.batched(h))
-        y = last.batched(h).flatten(0, 1).index_select(0, place)
-        return F.pad(y, (0, 0, 0, x_sorted.shape[0] - total))
+        if chosen in ("dense", "gather") or (free and chosen == "padded" and _skewed(plan)):
+            chosen = "grouped" if grouped_mm_is_legal(self.dims, dtype) else "segment"
+        check_legal(chosen, self.dims, dtype)
+        return cast(SortedBackend, chosen)
 
     def _activate(self, h: Tensor) -> Tensor:
         h = activate(h, self.act)
@@ -228,5 +209,5 @@ def _affine(weight: Float[Tensor, "out dim"], x: Float[Tensor, "dim"], bias: Ten
 
 
 def _skewed(plan: Plan) -> bool:
-    """Whether padding to the busiest expert would more than double the rows; waits for the device."""
-    return bool(plan.counts.max() * plan.num_experts > 2 * plan.slot.numel())
+    """Whether padding to the busiest expert would cost more than it saves; waits for the device."""
+    return bool(plan.counts.max() > max(64, 2 * plan.slot.numel() // plan.num_experts))
