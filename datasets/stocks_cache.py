@@ -18,7 +18,6 @@ from .. import settings
 from .stocks_panel import StockPanel
 
 _MOST_BYTES = 8 * 2**30  # of all panels together; the newest two of CSI300 with Alpha158 take half
-_MAKERS = ("stocks_build.py", "stocks_features.py", "stocks_panel.py", "stocks_tables.py")
 
 
 def content_hash(files: Iterable[Path], arguments: Any) -> str:
@@ -32,7 +31,7 @@ def content_hash(files: Iterable[Path], arguments: Any) -> str:
 
 def cache_file(fingerprint: str, arguments: Any) -> Path:
     """Where the panel of this content, these arguments and this version of the code lies."""
-    makers = [Path(__file__).with_name(name) for name in _MAKERS]
+    makers = sorted(Path(__file__).parent.glob("stocks*.py"))
     key = content_hash(makers, [fingerprint, arguments])
     return settings.cache_dir() / "datasets" / "stocks" / f"{key[:32]}.safetensors"
 
@@ -44,16 +43,16 @@ def load_panel(file: Path) -> StockPanel | None:
             tensors = {name: store.get_tensor(name) for name in store.keys()}  # noqa: SIM118
             words = json.loads(store.metadata()["panel"])
         os.utime(file)
+        return StockPanel(
+            **tensors,
+            calendar=tuple(date.fromisoformat(day) for day in words["calendar"]),
+            symbols=tuple(words["symbols"]),
+            styles=tuple(words["styles"]),
+            sectors=words["sectors"],
+            notes=tuple(words["notes"]),
+        )
     except (OSError, SafetensorError, KeyError, TypeError):
         return None
-    return StockPanel(
-        **tensors,
-        calendar=tuple(date.fromisoformat(day) for day in words["calendar"]),
-        symbols=tuple(words["symbols"]),
-        styles=tuple(words["styles"]),
-        sectors=words["sectors"],
-        notes=tuple(words["notes"]),
-    )
 
 
 def save_panel(panel: StockPanel, file: Path) -> None:
