@@ -39,6 +39,7 @@ class RecipeInfo:
         paper: citation of the source.
         cost: what the default run costs, e.g. "2 CPU-minutes".
         weights: sha256, bytes and version of the published weights, if any.
+        own_files: which of `data.files` the user has to give, as data that may not ship; "" for none.
     """
 
     title: str
@@ -47,6 +48,7 @@ class RecipeInfo:
     paper: str = ""
     cost: str = ""
     weights: dict[str, Any] | None = None
+    own_files: str = ""
 
 
 def list_recipes(pattern: str = "*") -> list[str]:
@@ -125,6 +127,8 @@ def recipe_hash(name_or_path: str | Path, overrides: Sequence[str] = ()) -> str:
     kept = {key: config.get(key) for key in ("trainer", "model", "data")}
     kept["trainer"] = {k: v for k, v in (kept["trainer"] or {}).items() if k not in _NOT_HASHED_TRAINER}
     skipped = tuple(f"--trainer.{key}" for key in _NOT_HASHED_TRAINER)
+    if (config.get("recipe") or {}).get("own_files"):
+        skipped += ("--data.files.",)  # where the user keeps them; a result has the data's own fingerprint
     kept["overrides"] = [o for o in overrides if not o.startswith(skipped)]
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

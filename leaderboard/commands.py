@@ -84,6 +84,8 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     recipes, seeds = select_recipes(arguments.recipes, arguments.domain), parse_seeds(arguments.seeds)
+    if not any(word.startswith("--data.files") for word in arguments.extra):
+        recipes = without_own_files(recipes, arguments.recipes)
     from .run import run
 
     failures = run(recipes, seeds, arguments.jobs, arguments.results, arguments.runs, extra=arguments.extra)
@@ -126,6 +128,26 @@ def select_recipes(patterns: Sequence[str], domain: str | None = None) -> list[s
     if not chosen:
         raise UserError(f"--domain {domain}: no such recipe; `moezoo list` shows what there is")
     return list(dict.fromkeys(chosen))
+
+
+def without_own_files(recipes: Sequence[str], named: Sequence[str]) -> list[str]:
+    """The recipes but for those that wait for the user's files; what is left out is said.
+
+    Raises:
+        UserError: one that was asked for by name.
+    """
+    from ..recipes import metadata
+
+    kept = []
+    for recipe in recipes:
+        files = metadata(recipe).own_files
+        if files and recipe in named:
+            raise UserError(f"{recipe}: needs your files; give {files} after '--'")
+        if files:
+            print(f"moezoo leaderboard: {recipe} left out: it needs your files, {files}", file=sys.stderr)
+        else:
+            kept.append(recipe)
+    return kept
 
 
 def parse_seeds(words: Sequence[str]) -> list[int]:
