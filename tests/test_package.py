@@ -120,4 +120,9 @@ def test_core_imports_torch_and_jaxtyping_alone() -> None:
     core = {"moezoo.zoo.core", *graph.find_descendants("moezoo.zoo.core")}
     imported = set().union(*(graph.find_modules_directly_imported_by(module) for module in core)) - core
     assert "torch" in imported
-    assert imported - sys.stdlib_module_names <= {"torch", "jaxtyping"}
+    assert imported - sys.stdlib_module_names <= {"torch", "jaxtyping", "triton"}
+    # Triton comes with torch, but not on every platform: no import but that of the kernels may need it.
+    kernels = {module for module in core if "triton" in graph.find_modules_directly_imported_by(module)}
+    assert kernels == {"moezoo.zoo.core.grouped_triton"}
+    code = "import sys, moezoo.zoo.core; sys.exit('triton.language' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
