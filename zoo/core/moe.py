@@ -152,13 +152,20 @@ class MultiGateMoE(nn.Module):
         self.experts = experts
 
     def forward(
-        self, x: Float[Tensor, "*batch dim"], **router_kw: Any
+        self, x: Float[Tensor, "..."], gate_input: Float[Tensor, "*batch gate_dim"] | None = None, **router_kw: Any
     ) -> tuple[Float[Tensor, "tasks *batch out"], list[Routing]]:
-        """The output and the record of every task, in the order of the routers."""
-        batch = x.shape[:-1]
-        tokens = x.reshape(-1, x.shape[-1])
-        records: list[Routing] = [router(tokens, **router_kw) for router in self.routers]
-        y = self.experts.dense(tokens)
+        """The output and the record of every task, in the order of the routers.
+
+        The gates read x [*batch, dim], or `gate_input` where it is given: experts may then read whole sequences,
+        x [*batch, time, dim], while gates read a summary of each.
+        """
+        gate_input = x if gate_input is None else gate_input
+        batch = gate_input.shape[:-1]
+        if x.shape[: len(batch)] != batch:
+            raise ValueError(f"x {list(x.shape)} must begin with the batch shape of gate_input {list(batch)}")
+        gate_tokens = gate_input.reshape(-1, gate_input.shape[-1])
+        records: list[Routing] = [router(gate_tokens, **router_kw) for router in self.routers]
+        y = self.experts.dense(x.reshape(-1, *x.shape[len(batch) :]))
         weights = torch.stack([record.dense_weights() for record in records]).to(y.dtype)
         mixed = torch.einsum("tne,neo->tno", weights, y.flatten(2))
         return mixed.reshape(len(records), *batch, *y.shape[2:]), records

@@ -10,6 +10,7 @@ from moezoo.zoo.core import (
     MoE,
     MultiGateMoE,
     NullExpertRouter,
+    RecurrentExperts,
     TaskGate,
     TopKRouter,
     ZeroExpert,
@@ -60,6 +61,21 @@ def test_every_task_mixes_the_same_experts_with_its_own_gate():
     assert y.shape == (3, 2, 7, 3) and len(records) == 3
     for got, router in zip(y, routers, strict=True):
         torch.testing.assert_close(got, MoE(router, experts)(x))
+
+
+def test_gates_may_read_a_summary_of_the_sequence_that_experts_read():
+    torch.manual_seed(0)
+    experts = RecurrentExperts(3, 4, 5, last=True)
+    routers = [DenseRouter(2, 3), DenseRouter(2, 3, temperature=0.1)]
+    x, summary = torch.randn(2, 6, 7, 4), torch.randn(2, 6, 2)
+    y, records = MultiGateMoE(routers, experts)(x, summary)
+    assert y.shape == (2, 2, 6, 5)
+    each = experts.dense(x.flatten(0, 1))
+    for got, router in zip(y, routers, strict=True):
+        weights = router(summary.flatten(0, 1)).dense_weights()
+        torch.testing.assert_close(got.flatten(0, 1), (weights[..., None] * each).sum(1))
+    with pytest.raises(ValueError, match="must begin with the batch shape"):
+        MultiGateMoE(routers, experts)(x, summary[:, :5])
 
 
 def test_a_task_gate_routes_each_token_by_its_task():
