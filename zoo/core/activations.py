@@ -26,19 +26,25 @@ def activate(z: Tensor, act: Activation) -> Tensor:
 
 
 def activate_backward(grad: Tensor, z: Tensor, act: Activation) -> Tensor:
-    """The gradient of `z` from that of `activate(z, act)`."""
-    if act in GATED:
-        gate, value = z.chunk(2, dim=-1)
-        inner = GATED[act]
-        grad_z = torch.empty_like(z)
-        grad_gate, grad_value = grad_z.chunk(2, dim=-1)
-        torch.mul(grad, activate(gate, inner), out=grad_value)
-        grad_gate.copy_(activate_backward(grad * value, gate, inner))
-        return grad_z
+    """The gradient of `z` from that of `activate(z, act)`, which may be overwritten."""
+    if act not in GATED:
+        return _backward(grad, z, act)
+    inner = GATED[act]
+    gate, value = z.chunk(2, dim=-1)
+    if torch.compiler.is_compiling():
+        return torch.cat([_backward(grad * value, gate, inner), grad * activate(gate, inner)], dim=-1)
+    grad_z = torch.empty_like(z)
+    grad_gate, grad_value = grad_z.chunk(2, dim=-1)
+    torch.mul(grad, activate(gate, inner), out=grad_value)
+    _backward(grad.mul_(value), gate, inner, grad_input=grad_gate)
+    return grad_z
+
+
+def _backward(grad: Tensor, z: Tensor, act: Activation, **out: Tensor) -> Tensor:
     if act == "gelu":
-        return cast(Tensor, _aten.gelu_backward(grad, z))
+        return cast(Tensor, _aten.gelu_backward(grad, z, **out))
     if act == "relu":
-        return cast(Tensor, _aten.threshold_backward(grad, z, 0))
+        return cast(Tensor, _aten.threshold_backward(grad, z, 0, **out))
     if act == "silu":
-        return cast(Tensor, _aten.silu_backward(grad, z))
-    return cast(Tensor, _aten.tanh_backward(grad, z.tanh()))
+        return cast(Tensor, _aten.silu_backward(grad, z, **out))
+    return cast(Tensor, _aten.tanh_backward(grad, z.tanh(), **out))
