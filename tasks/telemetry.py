@@ -62,12 +62,12 @@ def draw_shares(name: str, shares: list[list[float]], folder: Path) -> Path:
     from matplotlib.figure import Figure
 
     experts = len(shares[0])
-    figure = Figure(figsize=(6.4, 1.6 + 0.3 * experts), layout="constrained")
+    figure = Figure(figsize=(6.4, min(1.6 + 0.3 * experts, 8.0)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(
         torch.tensor(shares).T.numpy(), vmin=0, cmap="viridis", aspect="auto", extent=(0, 100, experts - 0.5, -0.5)
     )
-    axes.set_yticks(range(experts), [str(e) for e in range(experts)])
+    axes.set_yticks(range(0, experts, 1 + experts // 24))
     axes.set(xlabel="training done, %", ylabel="expert", title=f"{name}: share of routed weight")
     figure.colorbar(image, ax=axes)
     folder.mkdir(parents=True, exist_ok=True)
