@@ -25,7 +25,7 @@ def peers() -> list[Contender]:
     tutel = "git clone https://github.com/microsoft/tutel && NO_CUDA=1 pip install --no-build-isolation ./tutel"
     deepspeed = "pip install deepspeed  (builds an operator when first used: needs g++ and ninja)"
     drops = "capacity 1.25: drops tokens"
-    lucid = "one-hot dispatch per sequence of 256 tokens, capacity 1.25: drops tokens"
+    lucid = "one-hot dispatch per sequence of 256 tokens; capacity 1.25 k N / E (its own 1.25 N / E leaves work out)"
     return [
         *(
             Contender(f"transformers/{kind}", "peer", partial(_transformers, kind=kind), install=hf)
@@ -249,9 +249,12 @@ def _mixture_of_experts(problem: Problem) -> Built:
     case = problem.case
     _require(case.part == "layer" and case.act == "gelu", "a whole layer of two-layer experts only")
     _require(case.top_k == 2, "top-2 only")
-    _limit(1.25 * case.tokens * _sequences(problem.x).shape[1], "its one-hot dispatch mask")
+    _limit(1.25 * case.top_k * case.tokens * _sequences(problem.x).shape[1], "its one-hot dispatch mask")
     library = _load("mixture_of_experts")
-    moe = library.MoE(case.dim, case.experts, hidden_dim=case.hidden, activation=nn.GELU).to(problem.x)
+    moe = library.MoE(
+        case.dim, case.experts, hidden_dim=case.hidden, activation=nn.GELU, second_policy_train="all",
+        capacity_factor_train=1.25 * case.top_k,
+    ).to(problem.x)  # fmt: skip
 
     def layer(x: Tensor) -> list[Tensor]:
         y, balance = moe(_sequences(x))
@@ -268,7 +271,10 @@ def _st_moe(problem: Problem) -> Built:
     _limit(1.25 * case.top_k * case.tokens * _sequences(problem.x).shape[1], "its one-hot dispatch mask")
     library = _load("st_moe_pytorch")
     multiple = 1.5 * case.hidden / case.dim + 1e-9  # it takes two thirds of it
-    moe = library.MoE(case.dim, case.experts, expert_hidden_mult=multiple, gating_top_n=case.top_k).to(problem.x)
+    moe = library.MoE(
+        case.dim, case.experts, expert_hidden_mult=multiple, gating_top_n=case.top_k, threshold_train=0.0,
+        capacity_factor_train=1.25 * case.top_k,
+    ).to(problem.x)  # fmt: skip
 
     def layer(x: Tensor) -> list[Tensor]:
         y, losses, *_ = moe(_sequences(x))
