@@ -25,7 +25,7 @@ from .trajectories_formats import open_argoverse, open_fcd, open_table
 from .trajectories_recorded import open_citysim, open_highd, open_ngsim
 from .trajectories_simulated import open_numpy_weave, open_sumo_weave
 from .trajectories_table import Source
-from .trajectories_windows import TrajectoryBatch, Tracks
+from .trajectories_windows import Tracks, TrajectoryBatch
 
 _MOST_FRAMES = 10.0  # frames a second that are kept unless more are asked for
 
@@ -43,7 +43,8 @@ class TrajectoriesData(lightning.LightningDataModule):
         source: the simulated weaving section, by SUMO (`sumo_weave`, extra `trajectories`; where libsumo is absent the
             next) or IDM and MOBIL (`numpy_weave`); or your own files: `ngsim`, `highd` (also exiD, inD, rounD),
             `citysim`, `commonroad`, `argoverse`, `sumo_fcd`, `table` (our own columns).
-        files: arguments of the source's reader, e.g. `path`; for simulations `train`, `valid`, `test` (seeds), `seconds`.
+        files: arguments of the source's reader, e.g. `path`; for simulations `train`, `valid`, `test` (seeds) and
+            `seconds`.
         history: seconds of past; a window has history * frame_rate + 1 frames.
         horizon: seconds of future.
         frame_rate: of the windows, Hz; the source's divided by a whole number. Default: the most that is <= 10.

@@ -101,12 +101,12 @@ def _refuse_empty(found: pl.DataFrame, frame: pl.DataFrame, cut: Cut, rate: floa
     need = cut.history + (1 if cut.partial else cut.horizon)
     if longest < need:
         raise UserError(
-            f"{name}: the longest track has {longest} frames at {rate:g} Hz ({longest / rate:.1f} s); expected at least "
-            f"{need} ({need / rate:.1f} s) for a window; shorten data.history or data.horizon"
+            f"{name}: the longest track has {longest} frames at {rate:g} Hz ({longest / rate:.1f} s); expected at "
+            f"least {need} ({need / rate:.1f} s) for a window; shorten data.history or data.horizon"
         )
     for split in SPLITS:
         if not (found["split"] == split).any():
             raise UserError(
-                f"{name}: no window of {need} frames ({need / rate:.1f} s) falls into split '{split}'; give more tracks, "
-                f"shorten data.history or data.horizon, or set data.split or data.shares"
+                f"{name}: no window of {need} frames ({need / rate:.1f} s) falls into split '{split}'; give more "
+                f"tracks, shorten data.history or data.horizon, or set data.split or data.shares"
             )

@@ -47,8 +47,8 @@ def located(table: TrackTable, unsorted: str, gaps: str, source: Source) -> pl.D
     vehicles = frame.select(pl.struct("recording", "vehicle").n_unique()).item()
     if vehicles < 2:
         raise UserError(
-            f"{source.name}: one vehicle alone ({frame['vehicle'][0]}); expected several, since vehicles are split into "
-            f"train, valid and test; is the vehicle column right?"
+            f"{source.name}: one vehicle alone ({frame['vehicle'][0]}); expected several, since vehicles are split "
+            f"into train, valid and test; is the vehicle column right?"
         )
     frame = frame.with_columns(track=pl.struct("scene", "vehicle").rle_id().cast(pl.Int64))
     _refuse_units(frame, table.frame_rate)
@@ -99,8 +99,8 @@ def _refuse_units(frame: pl.DataFrame, rate: float) -> None:
         close = min(abs(ratio - near), abs(1 / ratio - near)) < 0.15
         guess = _UNITS[near] if close else "another unit, or another frame rate"
         raise UserError(
-            f"{_place(moving)}, column 'speed': speeds are {ratio:.2f} times what positions and {rate:g} frames a second "
-            f"give; expected m/s and metres; this looks like {guess}"
+            f"{_place(moving)}, column 'speed': speeds are {ratio:.2f} times what positions and {rate:g} frames a "
+            f"second give; expected m/s and metres; this looks like {guess}"
         )
     length = measured.filter(pl.col("length") > 0).select(pl.col("length").median()).item()
     if length is not None and not 1.5 < length < 12:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Float64, Int64
 
 from . import trajectories_weave as weave
 from .trajectories_weave import DIVERGE, LANE_WIDTH, LANES, LENGTH, MERGE, RAMP, RAMP_LANE
@@ -36,7 +36,7 @@ _BRAKE, _STANDSTILL = 2.0, 2.0  # comfortable deceleration m/s^2, gap at rest m
 
 Real = Float64[np.ndarray, " vehicles"]
 Whole = Int64[np.ndarray, " vehicles"]
-Flags = Bool[np.ndarray, " vehicles"]
+Present = Int64[np.ndarray, " present"]
 
 
 def simulate(seeds: Sequence[int], seconds: float) -> dict[int, pl.DataFrame]:
@@ -127,7 +127,7 @@ class _Worlds:
         self.present[who[room]] = True
         self.v[who[room]] = v[room]
 
-    def _search(self, on: Whole, world: Whole, lane: Whole, x: Real) -> tuple[Whole, Whole]:
+    def _search(self, on: Present, world: Whole, lane: Whole, x: Real) -> tuple[Whole, Whole]:
         """Vehicles ahead of and behind each place, -1 where there is none."""
         if not len(on):
             nobody = np.full(len(x), -1)

@@ -8,6 +8,7 @@ from ..errors import UserError
 from .trajectories_table import numbered
 
 SPLITS = ("train", "valid", "test")
+_ROUNDING = 1e-9  # 0.7 + 0.1 is less than 0.8
 
 
 def split_of_vehicles(
@@ -23,7 +24,8 @@ def split_of_vehicles(
     """
     if split_of:
         return vehicles.with_columns(split=pl.col("recording").replace_strict(split_of))
-    first, second = shares[0], shares[0] + shares[1]
+    first, second = shares[0] + _ROUNDING, shares[0] + shares[1] + _ROUNDING
+    last = (pl.len().over("recording") - 1).clip(1, None)
     if kind == "fold":
         return vehicles.with_columns(split=pl.Series(_fold(vehicles, fold, folds)))
     if kind == "recording":
@@ -33,16 +35,16 @@ def split_of_vehicles(
                 f"data.split=recording: {len(names)} recording(s); expected at least 3, one for each split; "
                 f"use data.split=time or vehicle"
             )
-        place = pl.col("recording").replace_strict({name: i / len(names) for i, name in enumerate(names)})
+        place = pl.col("recording").replace_strict({name: i / (len(names) - 1) for i, name in enumerate(names)})
     elif kind == "vehicle":
         keys = numbered(vehicles["vehicle"].to_list())
         rank = {name: i for i, (_, name) in enumerate(sorted(set(keys)))}
         order = pl.col("vehicle").replace_strict(rank, return_dtype=pl.Int64)
-        place = (order.rank("ordinal").over("recording") - 1) / pl.len().over("recording")
+        place = (order.rank("ordinal").over("recording") - 1) / last
     else:
         order = pl.struct("start", "vehicle").rank("ordinal").over("recording")
-        place = (order - 1) / pl.len().over("recording")
-    split = pl.when(place < first).then(pl.lit("train")).when(place < second).then(pl.lit("valid"))
+        place = (order - 1) / last
+    split = pl.when(place <= first).then(pl.lit("train")).when(place <= second).then(pl.lit("valid"))
     return vehicles.with_columns(split=split.otherwise(pl.lit("test")))
 
 

@@ -89,8 +89,8 @@ def network_xml() -> str:
         for index, lane in enumerate(reversed(lanes)):  # SUMO counts from the right
             y = (0.5 - lane) * LANE_WIDTH
             parts.append(
-                f'<lane id="{name}_{index}" index="{index}" speed="{limit}" length="{last - first}" width="{LANE_WIDTH}"'
-                f' shape="{first},{y:.2f} {last},{y:.2f}"/>'
+                f'<lane id="{name}_{index}" index="{index}" speed="{limit}" length="{last - first}"'
+                f' width="{LANE_WIDTH}" shape="{first},{y:.2f} {last},{y:.2f}"/>'
             )
         parts.append("</edge>")
     for node, x in _NODES.items():
