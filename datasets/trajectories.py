@@ -229,8 +229,8 @@ class TrajectoriesData(lightning.LightningDataModule):
         """Predictions by (track, frame) with recording, vehicle, the source's frame number, seconds and the place
         (x, y in the source's road frame, m) in their stead."""
         places = self.built.places
-        keys = {name: places.schema[name] for name in ("track", "frame")}
-        found = predictions.cast({**keys}).join(places, on=["track", "frame"], how="left", maintain_order="left")
+        keys: Any = {name: places.schema[name] for name in ("track", "frame")}
+        found = predictions.cast(keys).join(places, on=["track", "frame"], how="left", maintain_order="left")
         found = found.with_columns(frame=pl.col("frame") * self.every, time=pl.col("frame") / self.rate)
         first = ["recording", "vehicle", "frame", "time", "x", "y"]
         return found.select(*first, pl.exclude(*first, "track"))

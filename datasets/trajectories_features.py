@@ -88,11 +88,15 @@ def with_neighbours(frame: pl.LazyFrame) -> pl.LazyFrame:
             )
             .sort("place")
         )  # fmt: skip
-        for who, strategy in (("lead", "forward"), ("follow", "backward")):
+        for who in ("lead", "follow"):
             # Somebody exactly beside us in another lane is our leader there.
             exact = step != 0 and who == "lead"
             near = asked.join_asof(
-                others, on="place", strategy=strategy, tolerance=SIGHT, allow_exact_matches=exact
+                others,
+                on="place",
+                strategy="forward" if who == "lead" else "backward",
+                tolerance=SIGHT,
+                allow_exact_matches=exact,
             ).with_columns(gap=(pl.col("other_x") - pl.col("x")).abs() - 0.5 * (pl.col("size") + pl.col("other_size")))
             found.append(
                 near.select(

@@ -160,7 +160,8 @@ class _Worlds:
         wish = np.minimum(self.wish[who], limit)
         desired = self.gap[who] * v + v * (v - ahead) / (2 * np.sqrt(self.pull[who] * _BRAKE))
         ratio = (_STANDSTILL + np.maximum(desired, 0)) / np.maximum(gap, 0.1)
-        return np.clip(self.pull[who] * (1 - (v / wish) ** 4 - ratio**2), -8.0, None)
+        slowed: Real = np.clip(self.pull[who] * (1 - (v / wish) ** 4 - ratio**2), -8.0, None)
+        return slowed
 
     def _follow(self, who: Whole, lead: Whole) -> Real:
         """IDM behind the leader, and before the end of the lane for those who must not leave the road with it."""

@@ -75,7 +75,7 @@ class Tracks:
 
         def real(*names: str) -> Tensor:
             columns = frame.select(pl.col(names).cast(pl.Float32).fill_null(float("nan"))).to_numpy()
-            return torch.from_numpy(np.ascontiguousarray(columns))
+            return torch.from_numpy(np.array(columns, order="C"))
 
         def whole(column: pl.Series) -> Tensor:
             return torch.from_numpy(column.cast(pl.Int64).to_numpy().copy())

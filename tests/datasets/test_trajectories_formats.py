@@ -47,11 +47,9 @@ def ngsim(frame):
         v_Length=pl.col("length") / FOOT, v_Width=pl.col("width") / FOOT, v_Vel=pl.col("speed") / FOOT, v_Acc=0.0,
         Lane_ID="lane",
     ).with_columns(**{name: pl.lit(value) for name, value in number.items()})  # fmt: skip
-    order = (
-        "Vehicle_ID Frame_ID Total_Frames Global_Time Local_X Local_Y Global_X Global_Y v_Length v_Width v_Class v_Vel "
-        "v_Acc Lane_ID Preceding Following Space_Headway Time_Headway"
-    ).split()
-    return out.select(order)
+    first = ["Vehicle_ID", "Frame_ID", "Total_Frames", "Global_Time", "Local_X", "Local_Y", "Global_X", "Global_Y"]
+    then = ["v_Length", "v_Width", "v_Class", "v_Vel", "v_Acc", "Lane_ID", "Preceding", "Following"]
+    return out.select(*first, *then, "Space_Headway", "Time_Headway")
 
 
 def test_ngsim_text_and_csv(tmp_path):
@@ -170,7 +168,7 @@ MISTAKES = {
     "unsorted": (lambda f: f.reverse(), "row 2, column 'frame': vehicle 6 goes back to frame 104"),
     "duplicated": (lambda f: pl.concat([f[:5], f[4:]]), "row 6, column 'frame': vehicle 1 has frame 5 twice"),
     "gap": (lambda f: pl.concat([f[:20], f[23:]]), "row 21, column 'frame': vehicle 1 jumps from frame 20 to 24"),
-    "feet": (lambda f: f.with_columns(x=pl.col("x") / FOOT, y=pl.col("y") / FOOT), "vehicle 6 moves at 82 m/s; .* are these feet"),
+    "feet": (lambda f: f.with_columns(x=pl.col("x") / FOOT, y=pl.col("y") / FOOT), "vehicle 6 moves at 82 m/s"),
     "km/h": (lambda f: f.with_columns(speed=pl.col("speed") * 3.6), "column 'speed'.* expected"),
     "long cars": (lambda f: f.with_columns(length=pl.col("length") / FOOT), "are the lengths in feet"),
     "one vehicle": (lambda f: f.filter(pl.col("vehicle") == 3), "one vehicle alone"),
