@@ -81,8 +81,8 @@ class BaseTask(lightning.LightningModule):
         biased = any(getattr(part, "balance", None) == "bias" for part in self.model.modules())
         return [RouterBias()] if biased else []
 
-    def optimise(self, parameters: Iterable[nn.Parameter]) -> dict[str, Any]:
-        """Lightning's dictionary of the injected optimiser and scheduler over `parameters`."""
+    def optimise(self, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]) -> dict[str, Any]:
+        """Lightning's dictionary of the injected optimiser and scheduler over `parameters`, or groups of them."""
         optimizer = self.optimizer_factory(parameters)
         if self.scheduler_factory is None:
             return {"optimizer": optimizer}

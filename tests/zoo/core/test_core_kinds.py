@@ -68,7 +68,7 @@ def test_gates_may_read_a_summary_of_the_sequence_that_experts_read():
     experts = RecurrentExperts(3, 4, 5, last=True)
     routers = [DenseRouter(2, 3), DenseRouter(2, 3, temperature=0.1)]
     x, summary = torch.randn(2, 6, 7, 4), torch.randn(2, 6, 2)
-    y, records = MultiGateMoE(routers, experts)(x, summary)
+    y, _ = MultiGateMoE(routers, experts)(x, summary)
     assert y.shape == (2, 2, 6, 5)
     each = experts.dense(x.flatten(0, 1))
     for got, router in zip(y, routers, strict=True):
