@@ -111,7 +111,7 @@ def test_experts_learn_the_clusters(name, seed):
     violation = (load.max() / load.mean() - 1).item()
     print(f"\n{name} seed {seed}: relMSE {error:.4f} (MLP {rival:.4f}) MaxVio {violation:.2f} NMI {nmi:.3f}")
     assert error < 0.05  # a network of one expert's width leaves .08
-    if router.top_k == 2:
+    if router.top_k == 2 and "groups" not in name:  # with groups a token reaches half of the experts
         assert error <= 0.01 and error < rival
     if name in ("top-2", "noisy top-2"):
         assert error <= 0.008 and nmi >= 0.85
