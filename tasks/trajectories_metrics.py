@@ -131,8 +131,8 @@ def evaluate(windows: Windows, frame_rate: float) -> TestResult:
             add(name, rmse(values), steps, "m", "min")
             add(name.replace("rmse", "mae"), values.abs().nanmean(), steps, "m", "min")
         for second, step in seconds_to_steps(error.shape[1], frame_rate):
-            known = int((~error[:, step].isnan()).sum())
-            add(f"{name}_{second}s", rmse(values[:, step]), known, "m", "min")
+            whole = int((~error[:, step].isnan()).sum())
+            add(f"{name}_{second}s", rmse(values[:, step]), whole, "m", "min")
 
     known = windows.intention >= 0
     probability, label = windows.probability[known].float(), windows.intention[known]

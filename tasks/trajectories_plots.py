@@ -79,16 +79,14 @@ def _horizon(windows: Windows, rate: float, path: Path) -> Path:
     seconds = torch.arange(1, windows.future.shape[1] + 1) / rate
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     onward = seconds[:, None] * windows.velocity[:, None]
-    for axes, name, axis in zip(
-        figure.subplots(1, 3), ("joint", "along the road", "across"), (slice(None), 0, 1), strict=True
-    ):
+    panels = figure.subplots(1, 3)
+    for axes, name, chosen in zip(panels, ("joint", "along the road", "across"), ([0, 1], [0], [1]), strict=True):
         for label, position, colour, style in (
             ("model", windows.position, ORANGE, "-"),
             ("constant velocity", onward, GREY, ":"),
         ):
-            error = (position - windows.future).square().nanmean(0)[:, axis]
-            joint = error.sum(-1).sqrt() if error.ndim > 1 else error.sqrt()
-            axes.plot(seconds.numpy(), joint.numpy(), style, color=colour, label=label)
+            error = (position - windows.future).square()[..., chosen].sum(-1).nanmean(0).sqrt()
+            axes.plot(seconds.numpy(), error.numpy(), style, color=colour, label=label)
         axes.set(xlabel="seconds ahead", ylabel="RMSE, m", ylim=(0, None))
         axes.set_title(name, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)

@@ -59,6 +59,7 @@ class TMMOE(ZooModel):
         experts: E; for `ple` those that all tasks share.
         expert_dim: D.
         expert_stride: experts read every so many frames of the TCN's outputs, each of which has seen those between.
+        read_history: experts read the history's frames beside the TCN's outputs, whose ReLUs blur what is measured.
         variant: `mmoe` (a gate per task over all experts), `ple` (Tang et al. 2020: each task has
             `task_experts` of its own besides), `shared_bottom` (one expert, no gate).
         task_experts: experts of each task alone, for `ple`.
@@ -82,6 +83,7 @@ class TMMOE(ZooModel):
         experts: int = 4,
         expert_dim: int = 32,
         expert_stride: int = 4,
+        read_history: bool = False,
         variant: Variant = "mmoe",
         task_experts: int = 1,
         tower: int = 64,
@@ -102,11 +104,13 @@ class TMMOE(ZooModel):
             )
         if expert_stride not in (strides := [2**level for level in range(layers)]):
             raise UserError(f"expert_stride={expert_stride}: with {layers} layers expected one of {strides}")
-        self.variant, self.expert, self.kernel, self.expert_stride = variant, expert, kernel, expert_stride
+        self.variant, self.expert, self.kernel, self.read_history = variant, expert, kernel, read_history
+        self.expert_stride = strides[-1] if expert == "mlp" else expert_stride
         self.entropy_coef, self.balance_coef = entropy_coef, balance_coef
         own = task_experts if variant == "ple" else 0
         total = 1 if variant == "shared_bottom" else experts + own * len(TASKS)
-        bottom = make_experts(expert, total, channels, expert_dim, kernel)
+        inputs = channels + int(schema["num_features"]) if read_history else channels
+        bottom = make_experts(expert, total, inputs, expert_dim, kernel)
         if variant == "shared_bottom":
             self.bottom = bottom
         else:
@@ -119,17 +123,23 @@ class TMMOE(ZooModel):
         self, history: Float[Tensor, "batch time features"], velocity: Float[Tensor, "batch 2"]
     ) -> TrajectoryOutput:
         """Predict from normalised history, whose last frame is now, and the current velocity (m/s)."""
+        read = self.tcn(history, self.expert_stride)
+        summary = read[:, -1]
+        if self.read_history:
+            frames = history[:, (history.shape[1] - 1) % self.expert_stride :: self.expert_stride]
+            read = torch.cat([read, frames], -1)
         if self.expert == "mlp":
-            read = summary = self.tcn.summary(history)
-        else:
-            sequence = self.tcn(history, self.expert_stride)
-            summary = sequence[:, -1]
-            read = sequence[:, -self.kernel :].mT if self.expert == "tcn" else sequence
+            read = read[:, -1]
+        elif self.expert == "tcn":
+            read = read[:, -self.kernel :].mT
         if self.variant == "shared_bottom":
             shared = self.bottom.dense(read)[:, 0]
-            return self.towers(shared.expand(len(TASKS), *shared.shape), velocity, {})
-        mixed, records = self.mixture(read, summary)
-        return self.towers(mixed, velocity, self._regularised(dict(zip(TASKS, records, strict=True))))
+            per_task, routing = shared.expand(len(TASKS), *shared.shape), {}
+        else:
+            per_task, records = self.mixture(read, summary)
+            routing = self._regularised(dict(zip(TASKS, records, strict=True)))
+        output: TrajectoryOutput = self.towers(per_task, velocity, routing)
+        return output
 
     def _regularised(self, routing: dict[str, Routing]) -> dict[str, Routing]:
         if self.training and (self.entropy_coef or self.balance_coef):
@@ -202,7 +212,8 @@ class TCN(nn.Module):
 
     def summary(self, x: Float[Tensor, "batch time features"]) -> Float[Tensor, "batch channels"]:
         """The output at the last frame."""
-        return self(x, 2 ** (len(self.blocks) - 1))[:, -1]
+        steps: Tensor = self(x, 2 ** (len(self.blocks) - 1))
+        return steps[:, -1]
 
 
 class _TCNBlock(nn.Module):
@@ -222,7 +233,8 @@ class _TCNBlock(nn.Module):
             padding = (convolution.kernel_size[0] - 1) * dilation
             h = F.conv1d(F.pad(h, (padding, 0)), convolution.weight, convolution.bias, dilation=dilation)
             h = self.dropout(h.relu())
-        return (h + self.skip(x)).relu()
+        out: Tensor = (h + self.skip(x)).relu()
+        return out
 
 
 class LastConvExperts(ConvExperts):
@@ -248,7 +260,8 @@ class OwnGate(Gate):
     def forward(
         self, x: Float[Tensor, "tokens dim"], task_id: Int[Tensor, "tokens *slots"] | None = None
     ) -> Float[Tensor, "tokens experts"]:
-        return self.linear(x).masked_fill(self.closed, -1e9)
+        logits: Tensor = self.linear(x)
+        return logits.masked_fill(self.closed, -1e9)
 
 
 def make_experts(kind: ExpertKind, experts: int, channels: int, dim: int, kernel: int) -> Experts:

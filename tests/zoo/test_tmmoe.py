@@ -157,6 +157,17 @@ def test_one_expert_is_a_shared_bottom(expert):
     torch.testing.assert_close(one.intention, other.intention)
 
 
+@pytest.mark.parametrize("expert", KINDS)
+def test_experts_may_read_the_history_itself(expert):
+    torch.manual_seed(0)
+    model = stir(TMMOE(SCHEMA, **SMALL, expert=expert, read_history=True)).eval()
+    history, velocity = inputs()
+    frames = torch.cat([model.tcn(history), history], -1)[:, ::2]
+    read = {"mlp": frames[:, -1], "tcn": frames[:, -3:].mT}.get(expert, frames)
+    mixed, _ = model.mixture(read, frames[:, -1, :8])
+    torch.testing.assert_close(model(history, velocity).position, model.towers(mixed, velocity, {}).position)
+
+
 def test_ple_gates_see_shared_experts_and_their_own_alone():
     torch.manual_seed(0)
     model = stir(TMMOE(SCHEMA, **{**SMALL, "experts": 2}, variant="ple", task_experts=2)).eval()

@@ -44,6 +44,7 @@ class DenseTwin(TMMOE):
         expert: ExpertKind = "lstm",
         expert_dim: int = 67,
         expert_stride: int = 4,
+        read_history: bool = False,
         tower: int = 64,
         dropout: float = 0.1,
     ) -> None:
@@ -56,6 +57,7 @@ class DenseTwin(TMMOE):
             1,
             expert_dim,
             expert_stride,
+            read_history,
             "shared_bottom",
             tower=tower,
             dropout=dropout,
@@ -84,7 +86,8 @@ class LSTMPredictor(ZooModel):
         self, history: Float[Tensor, "batch time features"], velocity: Float[Tensor, "batch 2"]
     ) -> TrajectoryOutput:
         state = self.lstm(history)[0][:, -1]
-        return self.towers(state.expand(len(TASKS), *state.shape), velocity, {})
+        output: TrajectoryOutput = self.towers(state.expand(len(TASKS), *state.shape), velocity, {})
+        return output
 
 
 class ManoeuvreLSTM(ZooModel):
@@ -156,7 +159,8 @@ class SingleTaskTCN(ZooModel):
         self, history: Float[Tensor, "batch time features"], velocity: Float[Tensor, "batch 2"]
     ) -> TrajectoryOutput:
         states = torch.stack([encoder.summary(history) for encoder in self.encoders])  # type: ignore[operator]
-        return self.towers(states, velocity, {})
+        output: TrajectoryOutput = self.towers(states, velocity, {})
+        return output
 
 
 class MMoE(ZooModel):
@@ -200,7 +204,8 @@ class MMoE(ZooModel):
         window = history.flatten(1)
         read = {"mlp": window, "tcn": history.mT}.get(self.expert, history)
         mixed, records = self.mixture(read, window)
-        return self.towers(mixed, velocity, dict(zip(TASKS, records, strict=True)))
+        output: TrajectoryOutput = self.towers(mixed, velocity, dict(zip(TASKS, records, strict=True)))
+        return output
 
 
 class ConstantVelocity(ZooModel):
