@@ -105,8 +105,8 @@ class MoE(nn.Module):
         return self._with_extra(x, routing, y) if self.extra_experts else y
 
     def _with_extra(
-        self, x: Float[Tensor, "tokens dim"], routing: Routing, y: Float[Tensor, "tokens dim"]
-    ) -> Float[Tensor, "tokens dim"]:
+        self, x: Float[Tensor, "tokens dim"], routing: Routing, y: Float[Tensor, "tokens out"]
+    ) -> Float[Tensor, "tokens out"]:
         weights = routing.dense_weights(extra=True)[:, self.experts.num_experts :].to(y.dtype).unbind(1)
         for weight, expert in zip(weights, self.extra_experts, strict=True):
             if not isinstance(expert, ZeroExpert):

@@ -75,7 +75,7 @@ ROUTERS = {
     "expert choice": lambda: ExpertChoiceRouter(DIM, EXPERTS),
     "null": lambda: NullExpertRouter(DIM, EXPERTS, num_null=4, top_k=4),
     "top-1": lambda: TopKRouter(DIM, EXPERTS, 1, norm_topk_prob=False),
-    "switch": lambda: SwitchRouter(DIM, EXPERTS, capacity_factor=2.0),
+    "switch": lambda: SwitchRouter(DIM, EXPERTS, capacity_factor=4.0),
     "switch, BPR": lambda: SwitchRouter(DIM, EXPERTS, capacity_factor=2.0, priority="prob"),
     "straight-through": lambda: StraightThroughRouter(DIM, EXPERTS),
 }
