@@ -189,6 +189,15 @@ def test_tra_forgets_on_reset_and_keeps_no_memory_in_its_weights():
     assert torch.equal(score(model, make_batch(first=3)).routing["predictors"].scores, fresh)
 
 
+def test_tra_trains_on_after_lightning_validated_it():
+    """Lightning validates in inference mode, where the memory may be made."""
+    model = TRA(SCHEMA, hidden=8)
+    with torch.inference_mode():
+        score(model.eval(), make_batch(first=3))
+    output = score(model.train(), make_batch(first=3))
+    (output.score.sum() + output.routing["predictors"].aux_loss).backward()
+
+
 def test_tra_takes_one_predictor_and_scores_without_a_label():
     torch.manual_seed(0)
     model, batch = TRA(SCHEMA, hidden=8), make_batch()

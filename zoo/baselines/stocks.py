@@ -227,6 +227,8 @@ class TRA(ZooModel):
         self.memory[day[:, None], column] = relative
 
     def _grow(self, day: Tensor, symbol: Tensor) -> None:
+        if self.memory.is_inference() and not torch.is_inference_mode_enabled():
+            self.memory = self.memory.clone()  # grown while validating; training may not write to it
         days, names, predictors = self.memory.shape
         wanted = int(day.max()) + 1, int(symbol.max()) + 2
         if wanted[0] > days or wanted[1] > names:
