@@ -210,7 +210,6 @@ def test_weights_survive_the_round_trip(tmp_path):
         ({"heads": 3}, "heads=3"),
         ({"top_k": 13}, "top_k=13"),
         ({"layers": 0}, "layers=0"),
-        ({"encoder": "x"}, "encoder"),
     ],
 )
 def test_mistakes_are_one_line(changes, says):
