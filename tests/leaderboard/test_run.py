@@ -42,6 +42,8 @@ def finished(journal):
 def start(recipes, seeds, journal, tmp_path, jobs=1, sleep=0.4):
     """`run` in a process of its own, so that it can be killed."""
     code = (
+        # Where the tests run in the background, a shell has Ctrl-C ignored, and that is inherited.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "import sys; from pathlib import Path; from moezoo.leaderboard.run import run; "
         f"sys.exit(len(run({recipes!r}, {seeds!r}, {jobs}, Path({str(tmp_path / 'store')!r}), "
         f"Path({str(tmp_path / 'runs')!r}), command={cell(journal, sleep)!r})))"
