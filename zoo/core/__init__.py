@@ -19,6 +19,7 @@ from .experts import (
 )
 from .grouped import grouped_linear, select_backend
 from .moe import MoE, MultiGateMoE, fine_grained_moe
+from .pathways import Routed, RoutedConv2d, collect_routing, moeify
 from .routing import (
     DenseRouter,
     ExpertChoiceRouter,
@@ -62,6 +63,8 @@ __all__ = [
     "NullExpertRouter",
     "Plan",
     "RecurrentExperts",
+    "Routed",
+    "RoutedConv2d",
     "Router",
     "Routing",
     "StackedLinear",
@@ -70,11 +73,13 @@ __all__ = [
     "TaskGate",
     "TopKRouter",
     "ZeroExpert",
+    "collect_routing",
     "combine",
     "dispatch",
     "fine_grained_moe",
     "grouped_linear",
     "make_plan",
+    "moeify",
     "select_backend",
     "shard_experts",
     "update_router_bias",

@@ -5,7 +5,8 @@ Shapes: N tokens, k slots per token, S = N k rows sorted by expert. Rows of drop
 Nothing here waits for the device, and nothing but the row order is integer work on the autograd path.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -33,6 +34,7 @@ class Plan:
     expert: Int32[Tensor, "rows"]
     offsets: Int32[Tensor, "experts"]
     dropless: bool
+    _sizes: list[int] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def num_experts(self) -> int:
@@ -42,6 +44,12 @@ class Plan:
     def counts(self) -> Int32[Tensor, "experts"]:
         """Rows of each expert."""
         return torch.diff(self.offsets, prepend=self.offsets.new_zeros(1))
+
+    def sizes(self) -> list[int]:
+        """Rows of each expert, on the host. Waits for the device the first time, however many layers ask."""
+        if self._sizes is None:
+            self._sizes = [end - start for start, end in pairwise([0, *self.offsets.tolist()])]
+        return self._sizes
 
 
 def make_plan(indices: Int[Tensor, "tokens k"], num_experts: int, *, dropless: bool = False) -> Plan:
@@ -97,6 +105,11 @@ def dispatch(x: Float[Tensor, "tokens *dims"], plan: Plan) -> Float[Tensor, "row
     return cast(Tensor, _Dispatch.apply(x, plan.token, plan.row))
 
 
+def restore(y: Float[Tensor, "rows *dims"], plan: Plan) -> Float[Tensor, "tokens *dims"]:
+    """The rows in the order of the tokens again, for plans of one slot: what `dispatch` undoes."""
+    return cast(Tensor, _Dispatch.apply(y, plan.row.view(-1), plan.slot.view(-1, 1)))
+
+
 def combine(
     y: Float[Tensor, "rows *dims"], weights: Float[Tensor, "tokens k"], plan: Plan
 ) -> Float[Tensor, "tokens *dims"]:
@@ -110,7 +123,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, token: Tensor, row: Tensor) -> Tensor:
         ctx.save_for_backward(row)
-        return x.index_select(0, token)
+        return _take(x, token)
 
     @staticmethod
     @once_differentiable
@@ -145,13 +158,19 @@ def sum_rows(y: Tensor, row: Tensor, weights: Tensor | None) -> Tensor:
     tokens, k = row.shape
     if tokens == 0:
         return y.new_zeros(0, *y.shape[1:])
-    table = y.reshape(y.shape[0], -1)
     if weights is None and k == 1:
-        out = table.index_select(0, row.view(-1))
-    else:
-        starts = torch.arange(0, tokens * k, k, device=row.device)
-        out = sum_bags(table, row.reshape(-1), starts, None if weights is None else weights.reshape(-1).to(y.dtype))
+        return _take(y, row.view(-1))
+    starts = torch.arange(0, tokens * k, k, device=row.device)
+    weights = None if weights is None else weights.reshape(-1).to(y.dtype)
+    out = sum_bags(y.reshape(y.shape[0], -1), row.reshape(-1), starts, weights)
     return out.view(tokens, *y.shape[1:])
+
+
+def _take(x: Tensor, rows: Tensor) -> Tensor:
+    """`x[rows]`; images keep their memory format, which `index_select` alone would change."""
+    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+    return x.index_select(0, rows)
 
 
 def sum_bags(table: Tensor, rows: Tensor, starts: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import losses
 from .experts import Experts
 from .losses import cv_squared, normalised_entropy, slot_counts
+from .pathways import routed_experts
 from .routing import Router, Routing
 
 
@@ -180,13 +181,13 @@ class ParameterCounts(TypedDict):
 def parameter_counts(module: nn.Module) -> ParameterCounts:
     """Parameters in all, and those that one token touches.
 
-    In any submodule that has a `router` and `experts` (as `MoE` does) a token touches the share k / E of the
-    experts' parameters (k = `router.active_experts`); everything else counts in full. Shared parameters count
-    once.
+    In any submodule that has a `router` and `experts` (as `MoE` does), and in the routed convolutions of a
+    `Routed`, a token touches the share k / E of the experts' parameters (k = `router.active_experts`); everything
+    else counts in full. Shared parameters count once.
     """
+    pairs = [(getattr(part, "router", None), getattr(part, "experts", None)) for part in module.modules()]
     share: dict[int, float] = {}
-    for part in module.modules():
-        router, experts = getattr(part, "router", None), getattr(part, "experts", None)
+    for router, experts in [*pairs, *routed_experts(module)]:
         if isinstance(router, Router) and isinstance(experts, Experts):
             for parameter in experts.parameters():
                 share[id(parameter)] = min(router.active_experts / experts.num_experts, 1.0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..dispatch import Plan
-from ..grouped import Backend, group_sizes
+from ..grouped import Backend
 from .base import Experts, Sorted, keep_own, mix
 
 
@@ -74,18 +74,24 @@ class ConvExperts(Experts):
     ) -> Float[Tensor, "rows out_channels *out_size"]:
         if backend == "dense" or torch.compiler.is_compiling():
             return keep_own(self._all(x_sorted), plan)
-        sizes = group_sizes(plan.offsets)
+        sizes = plan.sizes()
         rows, served = x_sorted.shape[0], sum(sizes)
+        if max(sizes) == rows:
+            return self.one(x_sorted, sizes.index(rows))
         weights = self.weight.split(self.out_channels)
         biases = [None] * self.num_experts if self.bias is None else self.bias.split(self.out_channels)
-        if max(sizes) == rows:
-            e = sizes.index(rows)
-            return self._convolve(x_sorted, weights[e], biases[e])
         groups = zip(x_sorted[:served].split(sizes), weights, biases, strict=True)
         outputs = [self._convolve(x, w, b) for x, w, b in groups if x.shape[0] > 0]
         if served < rows:
             outputs.append(self._tail(x_sorted[served:], outputs))
         return torch.cat(outputs)
+
+    def one(
+        self, x: Float[Tensor, "rows in_channels *size"], expert: int
+    ) -> Float[Tensor, "rows out_channels *out_size"]:
+        """Every row through the convolution of one expert, with a view of its weight."""
+        own = slice(expert * self.out_channels, (expert + 1) * self.out_channels)
+        return self._convolve(x, self.weight[own], None if self.bias is None else self.bias[own])
 
     def dense(
         self, x: Float[Tensor, "tokens in_channels *size"], weights: Float[Tensor, "tokens experts"] | None = None
