@@ -43,10 +43,10 @@ class RobustModel(ZooModel):
         super().__init__()
         channels = int(schema["channels"])
         for name in ("mean", "std"):
-            values = torch.tensor(schema[name], dtype=torch.float32).flatten()
-            if len(values) != channels or (name == "std" and not bool((values > 0).all())):
-                raise UserError(f"schema: {name}={schema[name]}, expected {channels} numbers, those of std above 0")
-            self.register_buffer(name, values.view(-1, 1, 1), persistent=False)
+            values = [float(value) for value in schema[name]]
+            if len(values) != channels or (name == "std" and min(values) <= 0):
+                raise UserError(f"schema: {name}={values}, expected {channels} numbers, those of std above 0")
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     def normalise(
         self, image: Float[Tensor, "batch channels height width"]
