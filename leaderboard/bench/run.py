@@ -59,8 +59,7 @@ def run(
     Raises:
         UserError: no such device, or the interrupted run to go on with was another one.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here")
+    check_device(device)
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore")  # peers', about themselves
     results = Results(_describe(rivals, device, settings, threads))
@@ -81,6 +80,12 @@ def run(
         results.run["import_seconds"] = import_seconds(min(settings.rounds, 7))
         results.save(folder, device)
     return results
+
+
+def check_device(device: Device) -> None:
+    """`UserError` where torch sees no GPU and one is asked for."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here")
 
 
 def import_seconds(rounds: int) -> list[float]:
