@@ -318,12 +318,15 @@ conv = lambda: nn.Conv2d(3, 3, 3, padding=1)
 net = nn.Sequential(conv(), nn.BatchNorm2d(3), conv(), nn.ReLU(), conv())
 module = moeify(net, StraightThroughRouter(3, 2, MeanGate()), weighted=True).double()
 x = torch.randn(8, 3, 6, 6, dtype=torch.float64, requires_grad=True)
-for training in (True, False):
+def call(x, expert=None):
+    with collect_routing(module, expert) as records:
+        return module(x), records["router"].logits
+for training, expert in ((True, None), (False, None), (False, torch.arange(8) % 2)):
     module.train(training)
     results = []
-    for run in (torch.compile(module, fullgraph=True, backend="aot_eager"), module):
-        y = run(x)
-        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])])
+    for run in (torch.compile(call, fullgraph=True, backend="aot_eager"), call):
+        y, logits = run(x, expert)
+        results.append([y, logits, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 """
