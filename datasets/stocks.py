@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import UserError
 from . import stocks_planted
 from .batches import IndexBatches
+from .cache import cache_file, content_hash
 from .stocks_build import STYLES, build_panel
-from .stocks_cache import cache_file, content_hash, load_panel, save_panel
+from .stocks_cache import load_panel, save_panel
 from .stocks_features import feature_expressions
 from .stocks_formats import Source, open_long, open_wide
 from .stocks_panel import StockBatch, StockPanel
@@ -131,7 +132,7 @@ class StocksData(lightning.LightningDataModule):
         """Read, checked and built once; from the cache where an earlier run has left it."""
         if self.source == "planted":
             return stocks_planted.planted_panel(self.lookback, **self.files)
-        file = cache_file(self.fingerprint, self._recipe())
+        file = cache_file("stocks", self.fingerprint, self._recipe())
         panel = load_panel(file) if self.cache else None
         if panel is None:
             tables = self.opened.read(Judge(self.bad_rows))

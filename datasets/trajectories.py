@@ -5,6 +5,7 @@ lanes that follow, split by vehicle and time, and cut into windows.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import cached_property
 from inspect import signature
 from typing import Any, Literal
@@ -17,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
 from .batches import IndexBatches
-from .stocks_cache import content_hash
+from .cache import cache_file, content_hash
 from .trajectories_build import Built, Cut, build
+from .trajectories_cache import load_built, save_built
 from .trajectories_commonroad import open_commonroad
 from .trajectories_features import FEATURES
 from .trajectories_formats import open_argoverse, open_fcd, open_table
@@ -65,6 +67,7 @@ class TrajectoriesData(lightning.LightningDataModule):
         unsorted: frames of a vehicle not in order: `raise`, or `sort` them.
         batch_size: train windows a step.
         eval_batch_size: windows a batch of validation, test and prediction.
+        cache: keep the finished windows under MOEZOO_CACHE.
 
     Raises:
         UserError: a file is missing or wrong; nothing has been written by then.
@@ -92,6 +95,7 @@ class TrajectoriesData(lightning.LightningDataModule):
         unsorted: Literal["raise", "sort"] = "raise",
         batch_size: int = 256,
         eval_batch_size: int = 1024,
+        cache: bool = True,
     ) -> None:
         super().__init__()
         self.source, self.files = source, files or {}
@@ -101,7 +105,7 @@ class TrajectoriesData(lightning.LightningDataModule):
         self.label_horizon = min(horizon, 3.0) if label_horizon is None else label_horizon
         self.partial_future, self.split, self.shares = partial_future, split, tuple(shares)
         self.fold, self.folds, self.gaps, self.unsorted = fold, folds, gaps, unsorted
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.batch_size, self.eval_batch_size, self.cache = batch_size, eval_batch_size, cache
         positive = {"history": history, "horizon": horizon, "stride": stride, "label_horizon": self.label_horizon}
         for name, value in (positive | {"batch_size": batch_size, "eval_batch_size": eval_batch_size}).items():
             if not value > 0:
@@ -159,7 +163,7 @@ class TrajectoriesData(lightning.LightningDataModule):
 
     @cached_property
     def built(self) -> Built:
-        """Read, checked, labelled and cut into windows once."""
+        """Read, checked, labelled and cut into windows once; from the cache where an earlier run has left it."""
         cut = Cut(
             every=self.every,
             history=self.schema["history"],
@@ -178,7 +182,13 @@ class TrajectoriesData(lightning.LightningDataModule):
             gaps=self.gaps,
             unsorted=self.unsorted,
         )
-        return build(self.opened, cut)
+        file = cache_file("trajectories", self.schema["fingerprint"], asdict(cut))
+        built = load_built(file) if self.cache else None
+        if built is None:
+            built = build(self.opened, cut)
+            if self.cache:
+                save_built(built, file)
+        return built
 
     @property
     def rows(self) -> Mapping[str, Tensor]:

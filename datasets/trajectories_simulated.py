@@ -12,7 +12,7 @@ import polars as pl
 from .. import settings
 from ..errors import UserError
 from . import trajectories_numpy, trajectories_sumo, trajectories_weave
-from .stocks_cache import content_hash
+from .cache import content_hash
 from .trajectories_table import Source, TrackTable
 
 _LOG = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import pytorch_lightning as lightning
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moezoo.datasets import stocks_cache
+from moezoo.datasets import cache
 from moezoo.datasets.stocks import StocksData
 from moezoo.datasets.stocks_build import build_panel
 from moezoo.datasets.stocks_splits import split_days
@@ -270,7 +270,7 @@ def test_the_cache_keeps_the_panels_used_last(tmp_path, monkeypatch):
 
     first = use(1)
     size = next(iter(first)).stat().st_size
-    monkeypatch.setattr(stocks_cache, "_MOST_BYTES", int(2.5 * size))
+    monkeypatch.setattr(cache, "_MOST_BYTES", int(2.5 * size))
     both = use(2)
     assert len(both) == 2
     use(1)  # now the other one is the older

@@ -198,13 +198,31 @@ def test_simulated_worlds_are_kept_and_split_by_seed(monkeypatch):
     first = TrajectoriesData("numpy_weave", files)
     one = all_windows(first, "test")
     monkeypatch.setattr(trajectories_numpy, "_Worlds", None)  # a second simulation would fail
-    second = TrajectoriesData("numpy_weave", files)
+    second = TrajectoriesData("numpy_weave", files, cache=False)
     two = all_windows(second, "test")
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(one, two, strict=True))
     tracks_of = {name: set(second.tracks.track[rows].tolist()) for name, rows in second.rows.items()}
     assert not tracks_of["train"] & tracks_of["test"]
     with pytest.raises(UserError, match="each seed once"):
         TrajectoriesData("numpy_weave", files | {"test": [0]}).schema  # noqa: B018
+
+
+def test_finished_windows_are_kept_and_broken_ones_built_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEZOO_CACHE", str(tmp_path / "cache"))
+    frame = tracks()
+    first = data_of(tmp_path, frame)
+    one = all_windows(first, "test")
+    (stored,) = (tmp_path / "cache").rglob("*.safetensors")
+    monkeypatch.setattr("moezoo.datasets.trajectories.build", None)  # a second build would fail
+    for _ in range(2):
+        again = data_of(tmp_path, frame)
+        assert again.built.places.equals(first.built.places) and again.class_balance == first.class_balance
+        two = all_windows(again, "test")
+        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(one, two, strict=True))
+        monkeypatch.undo()
+        monkeypatch.setenv("MOEZOO_CACHE", str(tmp_path / "cache"))
+        stored.write_bytes(b"not windows")
+    assert len(data_of(tmp_path, frame, train_stride=0.2).rows["train"]) > len(first.rows["train"])  # another cut
 
 
 def us101(**arguments):
