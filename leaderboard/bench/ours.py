@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ...zoo.core import MLPExperts, MoE, TopKRouter, make_plan
 from .problem import Built, Contender, Problem, Unsuited
 
-_Choice = Literal["auto", "dense", "grouped", "segment", "padded", "gather"]
+_Choice = Literal["auto", "dense", "grouped", "segment", "padded", "gather", "triton"]
 
 
 def activate(h: Tensor, act: str) -> Tensor:
@@ -55,6 +55,8 @@ def _ours(problem: Problem, backend: _Choice, compiled: bool = False) -> Built:
     case = problem.case
     if backend == "gather" and case.mode == "train":
         raise Unsuited("a few small products per token: without gradients only")
+    if backend == "triton" and problem.x.device.type != "cuda":
+        raise Unsuited("Triton kernels: GPU only")
     if backend == "dense" and case.tokens >= 1024 and case.experts > 8 * case.top_k:
         raise Unsuited("more than eight times the floating point operations of the others")
     experts = MLPExperts(case.experts, case.dim, case.hidden, act=case.act, bias=case.bias, backend=backend)
@@ -131,7 +133,7 @@ def floors() -> list[Contender]:
 
 def ours() -> list[Contender]:
     """Our layer as it comes, by each backend, and compiled."""
-    backends: tuple[_Choice, ...] = ("dense", "grouped", "segment", "padded", "gather")
+    backends: tuple[_Choice, ...] = ("dense", "grouped", "segment", "padded", "gather", "triton")
     return [
         Contender("ours", "ours", partial(_ours, backend="auto"), "backend chosen by shape"),
         *(Contender(f"ours/{name}", "ours", partial(_ours, backend=name)) for name in backends),
