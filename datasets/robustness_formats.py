@@ -26,7 +26,7 @@ _MARKS = {
     "meta": "cifar",
     "data_batch_1.png": "atlas",
 }
-_ATLAS_ROWS, _ATLAS_SIZE = 10_000, 32
+_ATLAS_SIZE = 32
 _SHUFFLE_SEED = 2308  # of test images that come sorted by class
 
 Split = tuple[UInt8[Tensor, "images channels height width"], Int[Tensor, " images"]]
@@ -226,10 +226,12 @@ def open_atlas(path: str) -> ImageSource:
 
 def _atlas(file: Path) -> UInt8[Tensor, "images 3 32 32"]:
     pixels = decode([file], lambda _: str(file))[0]
-    if pixels.shape != (3, _ATLAS_ROWS, _ATLAS_SIZE**2):
-        channels, height, width = pixels.shape
-        raise UserError(f"{file}: {width}x{height} with {channels} channels; expected 1024x10000 RGB, an image a row")
-    return pixels.view(3, _ATLAS_ROWS, _ATLAS_SIZE, _ATLAS_SIZE).transpose(0, 1).contiguous()
+    channels, rows, width = pixels.shape
+    if (channels, width) != (3, _ATLAS_SIZE**2):
+        raise UserError(
+            f"{file}: {rows} rows of {width} pixels, {channels} channels; expected 1024 RGB pixels an image"
+        )
+    return pixels.view(3, rows, _ATLAS_SIZE, _ATLAS_SIZE).transpose(0, 1).contiguous()
 
 
 def _atlas_labels(file: Path) -> Int[Tensor, " images"]:

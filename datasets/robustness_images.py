@@ -60,8 +60,8 @@ def make_source(
     name: str,
     where: Path,
     classes: Sequence[str],
-    train: tuple[UInt8[Tensor, "train channels h w"], Int[Tensor, " train"]],
-    test: tuple[UInt8[Tensor, "test c h2 w2"], Int[Tensor, " test"]],
+    train: tuple[UInt8[Tensor, "train channels h w"], Int[Tensor, " labels"]],
+    test: tuple[UInt8[Tensor, "test c h2 w2"], Int[Tensor, " test_labels"]],
 ) -> ImageSource:
     """Checks what no single file shows: that there are images, alike in both splits, and labels of known classes.
 

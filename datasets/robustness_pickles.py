@@ -26,7 +26,7 @@ def read_pickle(file: Path) -> dict[str, Any]:
         if file.stat().st_size > _MOST_BYTES:
             raise UserError(f"{file}: {file.stat().st_size} bytes; expected a CIFAR batch, at most {_MOST_BYTES}")
         with file.open("rb") as stream:
-            found = _PlainData(stream).load()
+            found = _plain(_PlainData(stream).load())
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; extract the CIFAR archive again") from None
     except UserError:
@@ -37,7 +37,7 @@ def read_pickle(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not a readable CIFAR batch ({type(error).__name__}: {error})") from None
     if not isinstance(found, dict):
         raise UserError(f"{file}: holds a {type(found).__name__}; expected a dictionary, as in the CIFAR archive")
-    return {_text(key): _plain(value) for key, value in found.items()}
+    return found
 
 
 class _Refused(Exception):
@@ -97,6 +97,8 @@ def _from_buffer(raw: Any, dtype: Any, shape: Any, order: Any) -> _Array:
 def _plain(value: Any) -> Any:
     if isinstance(value, _Array):
         return _checked(value)
+    if isinstance(value, dict):
+        return {_text(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, bytes):
