@@ -117,7 +117,7 @@ def measure(
         name: network.train(mode == "train").to(device).to(memory_format=memory_format)
         for name, network in contenders().items()
     }
-    with torch.no_grad():
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         one, other = networks["sorted"](image), networks["mask-all"](image)
         if (error := float((one - other).abs().max())) > _TOLERANCE:
             raise RuntimeError(f"sorting and masking differ by {error:.1e}")

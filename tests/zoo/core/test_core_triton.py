@@ -45,7 +45,7 @@ def _outputs(function, x, weight, bias, grad, offsets):
     return [y.detach(), *torch.autograd.grad(y, (x, weight, bias), grad)]
 
 
-def _assert_equals_segment(case, dtype, device="cpu", **tolerance):
+def _assert_equals_segment(case, dtype, device="cpu", of_largest=0.0):
     from moezoo.zoo.core.grouped import grouped_linear
     from moezoo.zoo.core.grouped_triton import triton_grouped_linear
 
@@ -54,10 +54,12 @@ def _assert_equals_segment(case, dtype, device="cpu", **tolerance):
     # From the same rounded inputs, in float32.
     exact = [t.float() for t in floats]
     want = _outputs(lambda x, w, o, b: grouped_linear(x, w, o, b, backend="segment"), *exact, offsets)
-    tolerance = tolerance or {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    close = 1e-4 if dtype == torch.float32 else 0.02
     for name, a, b in zip(("y", "grad x", "grad weight", "grad bias"), got, want, strict=True):
         assert a.dtype == dtype
-        torch.testing.assert_close(a.float(), b, **tolerance, msg=lambda m, n=name: f"{n} of {case}, {dtype}: {m}")
+        atol = max(close, of_largest * float(b.abs().max())) if b.numel() else close
+        rounded = {"rtol": max(close, of_largest), "atol": atol}
+        torch.testing.assert_close(a.float(), b, **rounded, msg=lambda m, n=name: f"{n} of {case}, {dtype}: {m}")
 
 
 def interpreted():
@@ -275,7 +277,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("float32_precision", ["ieee", "tf32"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_on_the_gpu_equals_the_segment_backend(dtype, float32_precision):
-    loose = {"rtol": 0.02, "atol": 0.02} if float32_precision == "tf32" else {}
+    loose = {"of_largest": 2e-3} if float32_precision == "tf32" else {}  # both round operands to 10 bits
     for case in (*CASES, ([300, 0, 90], 7, 256, 512), ([4000, 100], 0, 64, 128), ([64] * 64, 0, 128, 128)):
         _assert_equals_segment(case, dtype, "cuda", **loose)
 
