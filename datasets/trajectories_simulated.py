@@ -16,7 +16,7 @@ from .cache import content_hash
 from .trajectories_table import Source, TrackTable
 
 _LOG = logging.getLogger(__name__)
-_TRAIN, _VALID, _TEST = list(range(8)), [8], [9]
+_TRAIN, _VALID, _TEST = list(range(8)), [8, 9], [10, 11, 12]
 
 
 def open_sumo_weave(
