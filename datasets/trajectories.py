@@ -62,7 +62,8 @@ class TrajectoriesData(lightning.LightningDataModule):
             later split in time; `vehicle` cuts by id alone (the NGSIM convention); `recording` by whole recordings;
             `fold` by id % folds. Default: the source's. Simulations split by seed.
         shares: of vehicles that train, validate and test.
-        fold, folds: which of how many, for `split: fold`.
+        fold, folds: which of how many, for `split: fold`. Default: the run's seed modulo folds, so that the seeds 0, 1,
+            2, ... of a leaderboard row are the folds.
         gaps: a frame missing inside a track: `raise`, or `split` the track there.
         unsorted: frames of a vehicle not in order: `raise`, or `sort` them.
         batch_size: train windows a step.
@@ -89,7 +90,7 @@ class TrajectoriesData(lightning.LightningDataModule):
         partial_future: bool = False,
         split: Literal["time", "vehicle", "recording", "fold"] | None = None,
         shares: tuple[float, float, float] = (0.7, 0.1, 0.2),
-        fold: int = 0,
+        fold: int | None = None,
         folds: int = 5,
         gaps: Literal["raise", "split"] = "raise",
         unsorted: Literal["raise", "sort"] = "raise",
@@ -104,7 +105,8 @@ class TrajectoriesData(lightning.LightningDataModule):
         self.label, self.debounce, self.ignore_band = label, debounce, ignore_band
         self.label_horizon = min(horizon, 3.0) if label_horizon is None else label_horizon
         self.partial_future, self.split, self.shares = partial_future, split, tuple(shares)
-        self.fold, self.folds, self.gaps, self.unsorted = fold, folds, gaps, unsorted
+        self.fold, self.folds = torch.initial_seed() % max(folds, 1) if fold is None else fold, folds
+        self.gaps, self.unsorted = gaps, unsorted
         self.batch_size, self.eval_batch_size, self.cache = batch_size, eval_batch_size, cache
         positive = {"history": history, "horizon": horizon, "stride": stride, "label_horizon": self.label_horizon}
         for name, value in (positive | {"batch_size": batch_size, "eval_batch_size": eval_batch_size}).items():
@@ -114,7 +116,7 @@ class TrajectoriesData(lightning.LightningDataModule):
             raise UserError(f"data.debounce={debounce}, data.ignore_band={ignore_band}: expected 0 s or more")
         if len(self.shares) != 3 or min(self.shares) <= 0 or abs(sum(self.shares) - 1) > 1e-6:
             raise UserError(f"data.shares={list(self.shares)}: expected three shares > 0 that sum to 1")
-        if folds < 3 or not 0 <= fold < folds:
+        if folds < 3 or not 0 <= self.fold < folds:
             raise UserError(f"data.fold={fold} of data.folds={folds}: expected at least 3 folds and 0 <= fold < folds")
 
     @cached_property
@@ -177,7 +179,7 @@ class TrajectoriesData(lightning.LightningDataModule):
             partial=self.partial_future,
             split=self.split or self.opened.split,
             shares=self.shares,
-            fold=self.fold,
+            fold=self.fold if (self.split or self.opened.split) == "fold" else 0,  # else no part of the cache's key
             folds=self.folds,
             gaps=self.gaps,
             unsorted=self.unsorted,

@@ -144,6 +144,17 @@ def test_no_vehicle_is_on_two_sides(tmp_path, split):
         assert frames["valid"].max() + 20 < frames["test"].min() - 20
 
 
+def test_seeds_are_folds(tmp_path):
+    def vehicles(seed, fold=None):
+        torch.manual_seed(seed)
+        data = data_of(tmp_path, tracks(), split="fold", fold=fold)
+        return set(data.tracks.track[data.rows["test"]].tolist())
+
+    folds = [vehicles(seed) for seed in range(5)]
+    assert len(set.union(*folds)) == 20 and sum(map(len, folds)) == 20  # each vehicle is tested on once
+    assert vehicles(7) == folds[2] == vehicles(1, fold=2)
+
+
 def test_short_futures_are_nan_and_unknown_unless_a_crossing_shows(tmp_path):
     data = data_of(tmp_path, tracks(), partial_future=True)
     batch = all_windows(data, "test")
