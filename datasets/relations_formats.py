@@ -113,6 +113,13 @@ def write_predictions(path: Path, predictions: Mapping[str, Sequence[Relation]])
         partial.unlink(missing_ok=True)
 
 
+def write_clips(folder: Path, clips: Sequence[Clip]) -> None:
+    """Annotations in VidVRD's form, one JSON a video, into a folder that is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for clip in clips:
+        (folder / f"{clip.name}.json").write_text(json.dumps(clip_as_json(clip)), encoding="utf-8")
+
+
 def clip_as_json(clip: Clip) -> dict[str, Any]:
     """A clip in VidVRD's annotation form."""
     frames: list[list[dict[str, Any]]] = [[] for _ in range(clip.frames)]

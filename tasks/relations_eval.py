@@ -16,9 +16,9 @@ import numpy as np
 import polars as pl
 from jaxtyping import Bool, Float64, Int64
 
+from ..datasets.relations_overlap import Tracks, stack, viou
 from ..datasets.relations_table import Relation, RelationSet, Triplet
 from ..errors import UserError
-from .relations_viou import Tracks, stack, viou
 
 Dialect = Literal["exact", "helper", "legacy_normalized"]
 DIALECTS: tuple[str, ...] = get_args(Dialect)

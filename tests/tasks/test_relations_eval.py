@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moezoo.cli import main
+from moezoo.datasets.relations_overlap import area, stack, viou
 from moezoo.datasets.relations_table import Relation, RelationSet
 from moezoo.errors import UserError
 from moezoo.tasks.relations_eval import average_precision, evaluate, evaluate_zero_shot, match
-from moezoo.tasks.relations_viou import area, stack, viou
 
 A, B, C = ("dog", "chase", "ball"), ("ball", "left", "dog"), ("dog", "past", "ball")
 SIZE = {"a": (100, 50)}
@@ -82,7 +82,7 @@ def test_all_pairs_at_once_equal_a_loop_over_frames(seed, rows):
     some, others = ([random_track(rng) for _ in range(4)] for _ in range(2))
     left, right = (index.ravel() for index in np.mgrid[:4, :4])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moezoo.tasks.relations_viou._ROWS", rows)  # in parts as in one
+        patch.setattr("moezoo.datasets.relations_overlap._ROWS", rows)  # in parts as in one
         for plus in (0.0, 1.0):
             got = viou(stack(*zip(*some, strict=True)), stack(*zip(*others, strict=True)), left, right, plus)
             wanted = [slow_viou(*some[i], *others[j], plus) for i, j in zip(left, right, strict=True)]

@@ -7,10 +7,10 @@ import polars as pl
 import pytest
 from moezoo.datasets.relations_formats import read_relations
 from moezoo.datasets.relations_mot import read_mot
+from moezoo.datasets.relations_overlap import stack, viou
 from moezoo.datasets.relations_table import Relation, RelationSet
 from moezoo.settings import real_data_dir
 from moezoo.tasks.relations_eval import evaluate
-from moezoo.tasks.relations_viou import stack, viou
 
 pytestmark = pytest.mark.real
 CLIP_SIZE = (1280, 576)  # ILSVRC2015_train_00005004, from the relation list
