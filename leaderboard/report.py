@@ -7,6 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from . import robustbench
 from .board import BOOTSTRAP_SEED, Comparison, Table, build_tables
 from .plot import interval_plot
 from .published import REPORTED, PublishedTable, load_published
@@ -33,14 +34,15 @@ class DomainSection:
 
 
 def write_report(results: Path, output: Path, reported: Path = REPORTED) -> list[Path]:
-    """Write `index.html` and `LEADERBOARD.md` into `output`; return their paths.
+    """Write `index.html` and `LEADERBOARD.md` into `output`, and robustness results in RobustBench's form; their paths.
 
     The same results and recipes give the same bytes.
 
     Raises:
         UserError: an invalid result or file of published numbers.
     """
-    sections = _sections(build_tables(results), load_published(reported))
+    tables = build_tables(results)
+    sections = _sections(tables, load_published(reported))
     cells = [cell for s in sections for t in s.tables for row in t.rows for cell in row.cells]
     context = {
         "sections": sections,
@@ -62,7 +64,7 @@ def write_report(results: Path, output: Path, reported: Path = REPORTED) -> list
         temporary = output / f".{name}.tmp"
         temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
         written.append(temporary.replace(path))
-    return written
+    return [*written, *robustbench.export(tables, output)]
 
 
 def _sections(tables: Sequence[Table], published: dict[str, list[PublishedTable]]) -> list[DomainSection]:

@@ -56,7 +56,8 @@ class RobustnessTask(BaseTask):
     Args:
         model: a robustness model.
         optimizer: factory for the optimiser, of experts and routers each one.
-        lr_scheduler: factory for the scheduler of each.
+        lr_scheduler: factory for the scheduler of each; one that sets rates itself (OneCycleLR) gives routers the
+            experts' rate.
         eps: radius of the L∞ ball, in units of [0, 1]; 8/255 is 0.0314.
         train_steps, train_step_size: of the training attack; by default 1.25 eps over the steps.
         beta: weight of the KL.

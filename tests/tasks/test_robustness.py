@@ -1,18 +1,24 @@
 """The robustness task on a toy of bright squares: recipes by arguments, resume, tables, pictures, mistakes."""
 
+from pathlib import Path
+
 import polars as pl
 import pytest
 import pytorch_lightning as lightning
 import torch
+from moezoo import create_model, list_recipes
+from moezoo.cli import main
 from moezoo.datasets.batches import IndexBatches
 from moezoo.datasets.robustness import ImageBatch, ImageBatches
 from moezoo.datasets.robustness_images import Images
 from moezoo.errors import UserError
 from moezoo.leaderboard.results import check_units
+from moezoo.recipes import metadata, read, resolve
 from moezoo.tasks.robustness import RobustnessTask
 from moezoo.zoo.advmoe import AdvMoE
 from moezoo.zoo.baselines.robustness import DenseCNN
 from moezoo.zoo.core import Routed
+from moezoo.zoo.core.statistics import parameter_counts
 from torch.utils.data import DataLoader
 
 SCHEMA = {
@@ -254,3 +260,43 @@ def test_mistakes_are_named(data):
     with pytest.raises(UserError, match="beta=-1"):
         make_task(beta=-1.0)
     assert ImageBatch._fields[0] == "image", "flops are counted per image of the first field"
+
+
+@pytest.mark.parametrize("twin", [name for name in list_recipes("robustness/*") if metadata(name).twin_of])
+def test_dense_twins_have_as_many_parameters(twin):
+    """Active ones, or all where the recipe is called so; within 2 %."""
+    schema = SCHEMA | {"image_size": 28, "num_classes": 10}
+    ours, theirs = (parameter_counts(create_model(name, schema=schema)) for name in (metadata(twin).twin_of, twin))
+    wanted = ours["total" if twin.endswith("_total") else "active"]
+    assert theirs["total"] == pytest.approx(wanted, rel=0.02)
+
+
+@pytest.mark.parametrize("recipe", list_recipes("robustness/*"))
+def test_recipes_are_whole(recipe):
+    """Each builds its model; all of one data share training, attacks and budget."""
+    content = read(recipe)
+    if not content["model"]["class_path"].endswith("RobustnessTask"):
+        return
+    schema = SCHEMA | {"image_size": 28, "num_classes": 10}
+    if "resnet18" not in str(content["model"]):
+        assert create_model(recipe, schema=schema)(torch.rand(2, 1, 28, 28)).logits.shape == (2, 10)
+        mine = {key: content["model"]["init_args"].get(key) for key in ("eps", "attack_images", "optimizer")}
+        ours = read("robustness/advmoe")
+        assert mine == {key: ours["model"]["init_args"].get(key) for key in mine}
+        assert content["data"] == ours["data"] and content["trainer"] == ours["trainer"]
+    text = resolve(recipe).read_text().splitlines()
+    assert [line[:6] for line in text[1:4]] == ["# Data", "# Sour", "# Expe"]
+
+
+def test_fit_test_predict_from_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.max_epochs=1"]
+    short += ["--data.test_limit=24", "--data.eval_batch_size=12", "--model.attack_images=16", "--model.autoattack=0"]
+    short += ["--model.route_steps=2", "--model.test_steps=2", "--model.curve_images=0", "--trainer.accelerator=cpu"]
+    assert main(["fit", "--config", "robustness/advmoe", "--run_dir", "run", *short]) == 0
+    left = {path.relative_to("run").as_posix() for path in Path("run").rglob("*") if path.is_file()}
+    assert {"result.json", "units.parquet", "weights/model.safetensors", "pictures/attack_examples.png",
+            "pictures/expert_by_class.png", "checkpoints/best.ckpt"} <= left  # fmt: skip
+    assert main(["predict", "--config", "run/config.yaml", "--output", "p.csv"]) == 0
+    table = pl.read_csv("p.csv")
+    assert len(table) == 24 and "T-shirt" in table["label"].to_list()
