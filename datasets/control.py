@@ -19,9 +19,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import UserError
-from .control_envs import OpenedEnv, RenderQuality, open_env, sizes
+from .control_envs import OpenedEnv, RenderQuality, open_env, sizes, split
 from .control_replay import ControlBatch, Observation, Replay
-from .control_rollout import Collector, Episode, Policy, play
+from .control_rollout import Collector, Episode, Policy, play, stacked
 
 VALIDATION_SEED, TEST_SEED, TRAIN_SEED = 1_000_000, 2_000_000, 3_000_000  # of the first episodes
 
@@ -224,6 +224,11 @@ class ControlData(lightning.LightningDataModule):
         chosen = self.watched[: self.parallel]
         after = self.opened.success_after
         return list(play(chosen, seeds, policy, self.frame_stack, after, device, record))
+
+    def first(self, seeds: Sequence[int], device: Any = "cpu") -> Observation:
+        """What is seen first in the episodes of these seeds."""
+        frames = [split(self.watched[0].reset(seed=int(seed))[0]) for seed in seeds]
+        return stacked([[frame] * self.frame_stack for frame in frames], device)
 
     def train_dataloader(self) -> "Interaction":
         """`ControlStep`s of one epoch."""

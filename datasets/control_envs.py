@@ -55,14 +55,15 @@ class PixelPendulum(gym.Env[np.ndarray, np.ndarray]):
     Args:
         size: side of the image in pixels.
         angles: images in the table; 720 are half a degree apart.
+        table: `pendulum_frames(size, angles)`, to be shared by several environments.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012  Gymnasium's attribute
     render_mode = "rgb_array"
 
-    def __init__(self, size: int = 40, angles: int = 720) -> None:
-        self.pendulum = PendulumEnv()
-        self.table = pendulum_frames(size, angles)
+    def __init__(self, size: int = 40, angles: int = 720, table: np.ndarray | None = None) -> None:
+        self.pendulum: Any = PendulumEnv()
+        self.table = pendulum_frames(size, angles) if table is None else table
         self.action_space = Box(-1.0, 1.0, (1,), np.float32)
         self.observation_space = Box(0, 255, self.table.shape[1:], np.uint8)
 
@@ -77,9 +78,10 @@ class PixelPendulum(gym.Env[np.ndarray, np.ndarray]):
         _, reward, terminated, truncated, info = self.pendulum.step(action * self.pendulum.max_torque)
         return self._frame(), float(reward), terminated, truncated, info
 
-    def render(self) -> np.ndarray:  # type: ignore[override]
+    def render(self) -> np.ndarray:
         """The image in colour, [height, width, 3]."""
-        return np.repeat(self._frame().transpose(1, 2, 0), 3, axis=2)
+        picture: np.ndarray = np.repeat(self._frame().transpose(1, 2, 0), 3, axis=2)
+        return picture
 
     def _frame(self) -> np.ndarray:
         turn = float(self.pendulum.state[0]) / (2 * math.pi)
@@ -230,10 +232,13 @@ def open_env(name: str, size: int, action_repeat: int, quality: RenderQuality, o
 
 
 def _open_pendulum(task: str, size: int, action_repeat: int, quality: RenderQuality, angles: int = 720) -> OpenedEnv:
-    def make() -> gym.Env[Any, Any]:
-        return prepare(TimeLimit(PixelPendulum(size, angles), PENDULUM_STEPS), action_repeat, guard=False)
+    table = pendulum_frames(size, angles)
 
-    content = {"gymnasium": gym.__version__, "size": size, "angles": angles, "frames": _digest(size, angles)}
+    def make() -> gym.Env[Any, Any]:
+        return prepare(TimeLimit(PixelPendulum(size, angles, table), PENDULUM_STEPS), action_repeat, guard=False)
+
+    digest = hashlib.sha256(table.tobytes()).hexdigest()[:16]
+    content = {"gymnasium": gym.__version__, "size": size, "angles": angles, "frames": digest}
     return OpenedEnv("pixel_pendulum", make, None, content)
 
 
@@ -250,7 +255,3 @@ def _open_gym(
 
     content = {"gymnasium": gym.__version__, "id": task, "pixels": size if pixels else 0, "options": options}
     return OpenedEnv(task.lower().replace("/", "_") + ("_pixels" if pixels else ""), make, None, content)
-
-
-def _digest(size: int, angles: int) -> str:
-    return hashlib.sha256(pendulum_frames(size, angles).tobytes()).hexdigest()[:16]

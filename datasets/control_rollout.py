@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .control_envs import split
+from .control_envs import Frame, split
 from .control_replay import Observation, Replay
 
 Policy = Callable[[Observation], Tensor]  # actions in [-1, 1], [batch, action]
@@ -158,13 +158,7 @@ def _side_by_side(
     history = [[frame] * frame_stack for frame in frames]
     going = set(range(len(envs)))
     while going:
-        pixels = [np.concatenate([f.pixels for f in past]) for past in history if past[-1].pixels is not None]
-        states = [past[-1].state for past in history if past[-1].state is not None]
-        observation = Observation(
-            torch.from_numpy(np.stack(pixels)).to(device) if pixels else None,
-            torch.from_numpy(np.stack(states)).to(device) if states else None,
-        )
-        actions = policy(observation).float().cpu().numpy()
+        actions = policy(stacked(history, device)).float().cpu().numpy()
         for i in sorted(going):
             episode, before = episodes[i], history[i][-1]
             seen, reward, terminated, truncated, info = envs[i].step(actions[i])
@@ -184,3 +178,15 @@ def _side_by_side(
                 if record and (last := history[i][-1].pixels) is not None:
                     episode.frames.append(last)
     return episodes
+
+
+def stacked(history: Sequence[Sequence[Frame]], device: torch.device | str = "cpu") -> Observation:
+    """The last frames of several environments as observations."""
+    pixels = [
+        np.concatenate(images) for past in history if (images := [f.pixels for f in past if f.pixels is not None])
+    ]
+    states = [past[-1].state for past in history if past[-1].state is not None]
+    return Observation(
+        torch.from_numpy(np.stack(pixels)).to(device) if pixels else None,
+        torch.from_numpy(np.stack(states)).to(device) if states else None,
+    )
