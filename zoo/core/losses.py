@@ -105,6 +105,18 @@ def null_balance_loss(
     return columns * torch.dot(_token_mean(scores, token_mask), counts / counts.sum().clamp_min(1.0))
 
 
+def density_balance_loss(
+    gates: Float[Tensor, "tokens experts"],
+    kept: Bool[Tensor, "tokens experts"],
+    token_mask: Bool[Tensor, "tokens"] | None = None,
+) -> Float[Tensor, ""]:
+    """`E Σ_e G_e S_e`, G the mean gate and S the share of tokens that keep the expert (EvoMoE, Nie et al. 2022).
+
+    At balance it is the mean number of experts that a token keeps, so it asks for few as well as for balance.
+    """
+    return gates.shape[1] * torch.dot(_token_mean(gates, token_mask), _token_mean(kept.to(gates.dtype), token_mask))
+
+
 def z_loss(
     logits: Float[Tensor, "tokens experts"], token_mask: Bool[Tensor, "tokens"] | None = None
 ) -> Float[Tensor, ""]:

@@ -257,6 +257,8 @@ from moezoo.zoo.core import *
 
 torch.manual_seed(0)
 torch._dynamo.config.error_on_recompile = True
+permutation = PermutationLearner(6)
+permutation.freeze()
 routers = {
     "topk": TopKRouter(8, 6, 2, z_coef=0.1),
     "sigmoid groups bias": TopKRouter(8, 6, 2, "sigmoid", num_groups=3, topk_groups=2, balance="bias"),
@@ -270,6 +272,15 @@ routers = {
     "null": NullExpertRouter(8, 6, 2, 3),
     "hash": HashRouter(6),
     "fixed": FixedRouter(6),
+    "dselect": DSelectKRouter(8, 6, 2),
+    "static": DSelectKRouter(8, 6, 2, gate=StaticGate(8, num_tasks=2), sparse_eval=True).eval(),
+    "comet": CometRouter(8, 6, 2),
+    "permuted": CometRouter(8, 6, 2, permutation=permutation),
+    "dense to sparse": DenseToSparseRouter(8, 6, 2).eval(),
+    "recurrent": RecurrentRouter(8, TopKRouter(5, 6, 2), torch.nn.GRUCell(5, 5)),
+    "gating residual": GatingResidualRouter(NullExpertRouter(8, 6, 2, 3)),
+    "product keys": ProductKeyRouter(8, 6, 2, heads=2),
+    "sparsity": TopKRouter(8, 6, 2, gate=SparsityGate(MLPExperts(6, 8, 12, act="relu"))),
 }
 for name, router in routers.items():
     for parameter in router.parameters():
@@ -289,7 +300,7 @@ for name, router in routers.items():
             torch.testing.assert_close(getattr(plain, field), getattr(traced, field), msg=name)
         if plain.weights.requires_grad:
             (traced.weights.square().sum() + traced.aux_loss).backward()
-            assert torch.isfinite(x.grad).all(), name
+            assert (x.grad is None) == (name == "static") and (x.grad is None or torch.isfinite(x.grad).all()), name
     if name == "sigmoid groups bias":
         assert router.expert_counts.sum() == 2 * 2 * 52
 print("compiled", len(routers))
@@ -298,5 +309,5 @@ print("compiled", len(routers))
 
 def test_every_router_traces_as_one_graph_with_dynamic_batches():
     """In its own process: the shape-checking import hook of the tests does not trace."""
-    ran = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=240)
-    assert "compiled 12" in ran.stdout, ran.stderr[-3000:]
+    ran = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=480)
+    assert "compiled 21" in ran.stdout, ran.stderr[-3000:]

@@ -75,6 +75,34 @@ class TaskGate(Gate):
         return f"{dim}, {experts}, num_tasks={tasks}"
 
 
+class StaticGate(Gate):
+    """The same learned logits for every token, or for every token of a task: a choice that no input changes.
+
+    Args:
+        num_tasks: with more than one, `task_id` [tokens] says whose logits a token gets.
+    """
+
+    def __init__(self, num_experts: int, num_tasks: int = 1, std: float = 0.02) -> None:
+        super().__init__(num_experts)
+        if num_tasks < 1:
+            raise ValueError(f"num_tasks={num_tasks} must be at least 1")
+        self.weight = nn.Parameter(torch.empty(num_tasks, num_experts).normal_(0.0, std))
+
+    def forward(
+        self, x: Float[Tensor, "tokens *features"], task_id: Int[Tensor, "tokens *slots"] | None = None
+    ) -> Float[Tensor, "tokens experts"]:
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        if len(weight) == 1:
+            return weight.expand(x.shape[0], -1)
+        if task_id is None or task_id.shape != x.shape[:1]:
+            given = "none" if task_id is None else f"shape {list(task_id.shape)}"
+            raise ValueError(f"StaticGate needs task_id, the task of every token, shape [{x.shape[0]}]; got {given}")
+        return weight.index_select(0, task_id)
+
+    def extra_repr(self) -> str:
+        return f"{self.out_features}, num_tasks={len(self.weight)}"
+
+
 def linear_logits(
     x: Float[Tensor, "tokens dim"],
     weight: Float[Tensor, "experts dim"],
