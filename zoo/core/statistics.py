@@ -183,7 +183,8 @@ def parameter_counts(module: nn.Module) -> ParameterCounts:
 
     In any submodule that has a `router` and `experts` (as `MoE` does), and in the routed convolutions of a
     `Routed`, a token touches the share k / E of the experts' parameters (k = `router.active_experts`); everything
-    else counts in full. Shared parameters count once.
+    else counts in full. Shared parameters count once. A module whose experts lie otherwise says itself what share of
+    which parameters is touched: `active_shares()` yields both.
     """
     pairs = [(getattr(part, "router", None), getattr(part, "experts", None)) for part in module.modules()]
     share: dict[int, float] = {}
@@ -191,6 +192,9 @@ def parameter_counts(module: nn.Module) -> ParameterCounts:
         if isinstance(router, Router) and isinstance(experts, Experts):
             for parameter in experts.parameters():
                 share[id(parameter)] = min(router.active_experts / experts.num_experts, 1.0)
+    for part in module.modules():
+        for parameter, touched in getattr(part, "active_shares", tuple)():
+            share[id(parameter)] = touched
     sizes = {id(parameter): parameter.numel() for parameter in module.parameters()}
     active = sum(size * share.get(key, 1.0) for key, size in sizes.items())
     return {"total": sum(sizes.values()), "active": round(active)}

@@ -108,7 +108,7 @@ class LoRALinear(nn.Module):
     outside `[0, experts)` none), neither leaves the base alone. Both may lack trailing dimensions of x.
 
     Args:
-        base: the layer, kept as it is under the name `base`.
+        base: the layer, kept as it is under the name `base`; may have low-rank experts of its own.
         freeze_base: take the base out of training.
 
     Raises:
@@ -117,7 +117,7 @@ class LoRALinear(nn.Module):
 
     def __init__(
         self,
-        base: nn.Linear,
+        base: "nn.Linear | LoRALinear",
         num_experts: int,
         rank: int,
         alpha: float,
@@ -131,6 +131,11 @@ class LoRALinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.merged: int | None = None
         self._unmerged: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight."""
+        return self.base.weight
 
     def forward(
         self,
