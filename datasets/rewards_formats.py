@@ -1,20 +1,21 @@
 """Your own files of preferences, whatever their layout, as one table of pairs."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from ..errors import UserError
-from .rewards_benchmarks import KINDS, READERS, kind_of
+from .rewards_benchmarks import READERS, kind_of
 from .rewards_pairs import prompt_id, read_pairs
 from .rewards_rows import Rows, files_of, read_rows
-from .rewards_scores import OVERALL, pairs_of, read_pools, read_ranked, read_scores
+from .rewards_scores import OVERALL, Answers, pairs_of, read_lists, read_pools, read_ranked, read_scores
 from .rewards_table import PAIRS, POOLS, Preferences
 
-LAYOUTS = ("auto", "pairs", "ranked", "scores", *(kind for kind in KINDS if kind not in ("pairs", "rewardbench")))
+LAYOUTS = ("auto", "pairs", "ranked", "scores", "rewardbench2", "rmbench", "llmbar", "judgebench")
 ONE_TASK = "all"  # where no row names a task
 
 _LOG = logging.getLogger(__name__)
@@ -79,6 +80,46 @@ def open_files(
     )
 
 
+def read_candidates(path: str | Sequence[str], task: str | None = None) -> pl.DataFrame:
+    """Two responses a row, for a judge to compare: of lists all pairs, ranked or not; of pairs both sides.
+
+    Returns:
+        id, source, task, group_id, split, prompt, one, two, and `better`: 0 or 1 by the file, null where it tells
+        neither. Which side of a pair comes first is settled by the hash of its texts.
+
+    Raises:
+        UserError: naming the file and row that is wrong.
+    """
+    found: list[dict[str, Any]] = []
+    for file in files_of(path):
+        rows = read_rows(file)
+        if layout_of(rows) == "ranked":
+            found += [two for answers in read_lists(rows, task) for two in _two_by_two(answers, file.stem)]
+            continue
+        for pair in _read(rows, layout_of(rows), task, list(OVERALL), 32)[0]:
+            if pair.get("capability") is None and pair["chosen"] != pair["rejected"]:
+                turned = int(prompt_id(pair["chosen"] + pair["rejected"]), 16) % 2
+                sides = [pair["chosen"], pair["rejected"]]
+                row = {"source": None, **pair, "one": sides[turned], "two": sides[1 - turned], "better": turned}
+                found.append(row | {"source": row["source"] or file.stem})
+    columns = {name: PAIRS[name] for name in ("id", "source", "task", "group_id", "split", "prompt")}
+    table = pl.DataFrame(found, schema=columns | {"one": pl.String, "two": pl.String, "better": pl.Int8})
+    if table.is_empty():
+        raise UserError(f"{path}: no two responses to compare; expected pairs, or lists of responses to a prompt")
+    return table
+
+
+def _two_by_two(answers: Answers, source: str) -> Iterator[dict[str, Any]]:
+    known, scores = answers.facts, answers.scores
+    for (i, one), (j, two) in combinations(enumerate(answers.responses), 2):
+        if one == two:
+            continue
+        better = None if scores is None or scores[i] == scores[j] else int(scores[j] > scores[i])
+        texts = {"prompt": answers.prompt, "one": one, "two": two, "better": better}
+        group = known["group_id"] or f"{source}:{known['id']}"
+        yield {**known, "id": f"{known['id']}:{i}-{j}", "source": known["source"] or source, "group_id": group} | texts
+
+
 def content(files: Mapping[str, Any]) -> list[Path]:
     """The files that `open_files` reads for these arguments."""
     return [file for key in ("path", "pools") if files.get(key) for file in files_of(files[key])]
@@ -94,7 +135,7 @@ def layout_of(rows: Rows) -> str:
     benchmark = kind_of(rows)
     if benchmark in ("rewardbench", "pairs") or (("rejected" in first or "chosen" in first) and benchmark is None):
         return "pairs"
-    if benchmark is not None:
+    if benchmark is not None and benchmark != "pools":
         return benchmark
     if "src" in first or isinstance(first.get("responses", first.get("response")), list):
         return "ranked"

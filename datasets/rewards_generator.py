@@ -14,7 +14,7 @@ import polars as pl
 from jaxtyping import Bool, Float, Int
 
 from ..errors import UserError
-from .rewards_lexicon import CAPABILITIES, CONFLICTING, FILLERS, REQUESTS, TASKS, vocabulary
+from .rewards_lexicon import CAPABILITIES, CONFLICTING, FILLERS, REQUESTS, TASKS
 from .rewards_table import PAIRS, POOLS, Preferences
 
 NAME = "gold_rm"
@@ -96,7 +96,7 @@ def generate(
         tasks=[{"name": task, "capabilities": list(names)} for task, names in TASKS.items()],
         pairs=pairs.with_columns(group_id=pl.col("id")).select(*PAIRS),
         pools=pl.concat(pools),
-        words=vocabulary(),
+        tokenizer="lexicon",
         notes=[f"judge asked about {asked:,} pairs in both orders, {kept / asked:.1%} kept"],
     )
 

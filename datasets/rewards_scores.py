@@ -26,9 +26,32 @@ class Scored(NamedTuple):
     facts: Mapping[str, Any]
 
 
+class Answers(NamedTuple):
+    """Several responses to a prompt with their scores, higher is better; none where they are not ranked."""
+
+    prompt: str
+    responses: list[str]
+    scores: list[float] | None
+    facts: Mapping[str, Any]
+
+
 def read_ranked(rows: Rows, task: str | None = None) -> Iterator[Scored]:
     """Ranked lists as in mtmc-rlhf: `src` (user turns), `tgt` (earlier replies), `response`, `rank` (1 the best),
     `label` (the task). Or `prompt` with `responses` and `rank`, or `scores` (higher is better).
+
+    Raises:
+        UserError: lists whose lengths do not fit, or a rank that is no number.
+    """
+    for i, answers in enumerate(read_lists(rows, task)):
+        if answers.scores is None:
+            rows.fail(i, f"'rank' is empty; expected {len(answers.responses)} numbers, one a response")
+        group = answers.facts["group_id"] or f"{rows.file.stem}:{answers.facts['id']}"
+        for response, score in zip(answers.responses, answers.scores, strict=True):
+            yield Scored(group, answers.prompt, response, None, score, answers.facts)
+
+
+def read_lists(rows: Rows, task: str | None = None) -> Iterator[Answers]:
+    """The lists of `read_ranked`, whose ranks may be missing.
 
     Raises:
         UserError: lists whose lengths do not fit, or a rank that is no number.
@@ -45,13 +68,13 @@ def read_ranked(rows: Rows, task: str | None = None) -> Iterator[Scored]:
         down = "rank" in row or "ranks" in row
         field = next((name for name in ("rank", "ranks", "scores", "score") if name in row), None)
         values = row[field] if field is not None else None
-        if not isinstance(values, list) or len(values) != len(answers):
-            rows.fail(i, f"'{field or 'rank'}' is {shown(values)}; expected {len(answers)} numbers, one a response")
-        known = facts(rows, i, row, task)
-        group = known["group_id"] or f"{rows.file.stem}:{known['id']}"
-        for answer, value in zip(answers, values, strict=True):
-            number = rows.number(i, value, str(field))
-            yield Scored(group, prompt, answer, None, -number if down else number, known)
+        scores = None
+        if values is not None:
+            if not isinstance(values, list) or len(values) != len(answers):
+                rows.fail(i, f"'{field}' is {shown(values)}; expected {len(answers)} numbers, one a response")
+            numbers = [rows.number(i, value, str(field)) for value in values]
+            scores = [-number for number in numbers] if down else numbers
+        yield Answers(prompt, answers, scores, facts(rows, i, row, task))
 
 
 def read_scores(rows: Rows, task: str | None = None, overall: Sequence[str] = OVERALL) -> Iterator[Scored]:

@@ -46,7 +46,7 @@ class Preferences:
         tasks: name and capabilities of each task, in the order of their indices.
         pairs: columns `PAIRS`, any order of rows.
         pools: columns `POOLS`; empty where there are none.
-        words: every word of the texts, where that is known.
+        tokenizer: what `words` stands for: `words` hashes them, `lexicon` knows every word of the generator's.
         notes: what a reader should be told, e.g. how many rows were ties.
     """
 
@@ -54,7 +54,7 @@ class Preferences:
     tasks: Sequence[Mapping[str, Any]]
     pairs: pl.DataFrame
     pools: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=POOLS))
-    words: Sequence[str] | None = None
+    tokenizer: str = "words"
     notes: Sequence[str] = ()
 
 

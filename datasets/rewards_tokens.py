@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from ..errors import UserError
+from .rewards_lexicon import vocabulary
 from .rewards_table import conversation, queries
 
 # Words, single CJK characters (they are not spaced), punctuation marks.
@@ -120,9 +121,11 @@ class HuggingFace:
         return [*self.head, *body[-room:], *self.tail] or [self.pad]
 
 
-def make_tokenizer(name: str, words: Sequence[str] | None = None, vocab_size: int = 8192) -> Tokenizer:
-    """`words`, or a Hugging Face tokenizer by `load_tokenizer`."""
-    return Words(words, vocab_size) if name == "words" else HuggingFace(load_tokenizer(name))
+def make_tokenizer(name: str, vocab_size: int = 8192) -> Tokenizer:
+    """`words` (hashed into `vocab_size` ids), `lexicon` (the generator's words), or by `load_tokenizer`."""
+    if name == "lexicon":
+        return Words(vocabulary())
+    return Words(vocab_size=vocab_size) if name == "words" else HuggingFace(load_tokenizer(name))
 
 
 def load_tokenizer(name: str) -> Any:

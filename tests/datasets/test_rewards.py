@@ -230,6 +230,7 @@ def test_words_split_cut_from_the_left_and_hash_alike_everywhere():
     assert text.pair("one", "four five", 64)[-3:] == ids[-3:]
     assert text.prompt("\n\nHuman: one\n\nAssistant: four\n\nHuman: two\n\nAssistant:", 9) == [2, ids[1], 2, ids[2]]
     assert Words(vocab_size=8192).pair("moe", "zoo", 9) == [2, 5356, 3, 891, 5]
+    assert make_tokenizer("lexicon").vocab_size == len(lexicon.vocabulary()) + 6
     closed = Words(["one", "two"])
     assert closed.vocab_size == 8 and closed.pair("one zebra", "two", 9) == [2, 6, 1, 3, 7, 5]
     assert text.prompt("", 9) == [2]
@@ -255,4 +256,4 @@ def test_mistakes_are_one_line(arguments, message, monkeypatch):
         RewardsData(**arguments).schema  # noqa: B018
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="vocab_size=6"):
-        make_tokenizer("words", None, 6)
+        make_tokenizer("words", 6)
