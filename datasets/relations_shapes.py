@@ -1,9 +1,10 @@
 """moving_shapes: clips of shapes that chase, pass and ride each other, with VidVRD's annotations and noisy detections.
 
-Two to four objects of eight classes. Each but the first is driven by one of eight behaviours relative to the one before
-it; a grammar allows two of them for each (subject, object) pair of classes, so that who they are tells what they do.
-Five static predicates follow from the boxes. What a class looks like depends on a hidden domain, the camera. Some
-triplets of the grammar occur in test clips alone, and one more domain can be asked for there. All from seeds.
+Two to four objects of eight classes. Each but the first is driven by one of eight behaviours relative to the one
+before it; a grammar allows two of them for each (subject, object) pair of classes, and classes have sizes of their own,
+so that who they are tells what they do. Six static predicates follow from the boxes. What a class looks like depends on
+a hidden domain, the camera. Some triplets of the grammar occur in test clips alone, as can one more domain. All from
+seeds.
 """
 
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ _STILL = frozenset({"stop_next_to"})  # needs one that stands
 _GAP = 0.15  # of the frame, between centres, from which left, right, above and beneath hold
 _LARGER, _TALLER = 1.8, 1.4  # ratios of areas and heights
 _RUN = 30  # frames that a static predicate must hold
+_SIZE_NOISE = 0.1  # of the logarithm
 _BOX_NOISE = 0.004  # of the frame
 _FALSE = 0.5  # windows with a tracklet that shows nothing
 _SHORT = 0.15  # tracklets that miss up to six frames at an end
@@ -43,12 +45,14 @@ class World:
     Attributes:
         allowed: behaviours (two indices into `DRIVEN`) of each subject's and object's class.
         withheld: (subject, behaviour, object) that training does not show.
+        size: of each class, share of the frame, and ratio of width to height; objects differ from it by some 10 %.
         prototype: appearance of each domain's classes, of norm 2.
     """
 
     seed: int
     allowed: Int64[np.ndarray, "8 8 2"]
     withheld: frozenset[tuple[int, int, int]]
+    size: Float64[np.ndarray, "8 2"]
     prototype: Float64[np.ndarray, "domains 8 32"]
 
 
@@ -66,9 +70,10 @@ def make_world(seed: int, domains: int) -> World:
             allowed[s, o] = two
     pairs = rng.choice(64, 8, replace=False)
     withheld = frozenset((int(p // 8), int(allowed[p // 8, p % 8, rng.integers(2)]), int(p % 8)) for p in pairs)
+    size = np.stack([rng.permutation(np.geomspace(0.09, 0.23, 8)), rng.permutation(np.geomspace(0.75, 1.33, 8))], 1)
     basis = np.linalg.qr(rng.standard_normal((FEATURES, FEATURES)))[0][:8] * 2
     turns = np.linalg.qr(rng.standard_normal((domains, FEATURES, FEATURES)))[0]
-    return World(seed, allowed, withheld, basis @ turns)
+    return World(seed, allowed, withheld, size, basis @ turns)
 
 
 def make_clip(world: World, split: int, number: int, frames: int, new_triplets: bool) -> Clip:
@@ -76,7 +81,8 @@ def make_clip(world: World, split: int, number: int, frames: int, new_triplets: 
     rng = np.random.default_rng([world.seed, split, number])
     count = int(rng.integers(2, 5))
     classes = rng.integers(0, 8, count)
-    size = rng.uniform(0.08, 0.25, (count, 1)) * np.sqrt(rng.uniform(0.75, 1.33, (count, 1))) ** np.array([1, -1])
+    own = world.size[classes] * np.exp(rng.standard_normal((count, 2)) * _SIZE_NOISE)
+    size = own[:, :1].clip(0.08, 0.25) * np.sqrt(own[:, 1:]) ** np.array([1, -1])
     behaviours = _behaviours(world, classes, rng, new_triplets)
     paths = _paths(behaviours, size, frames, rng)
     low, high = (paths - size[:, None] / 2).min((0, 1)), (paths + size[:, None] / 2).max((0, 1))
