@@ -32,6 +32,7 @@ _NEAR = 1e-3  # standard deviation of the noise that a training attack starts fr
 _CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # of eps, in the picture
 _CURVE_STEPS, _EXAMPLES = 10, 200
 _TIMED_IMAGES = 64
+_MOST_ZERO = 0.01  # share of images that PGD may find without any gradient
 _CPU_IMAGES = 200  # that AutoAttack is run on without a GPU
 
 
@@ -69,6 +70,8 @@ class RobustnessTask(BaseTask):
         router_lr: learning rate of the routers; by default a tenth of the experts'.
         router_attack: what the images of the router's turn are crafted against: `joint`, classes and routers;
             `router`, the routers alone, which costs a fraction.
+        misroute: share of the adversarial images that the experts' turn sends to another expert than the router would,
+            so that less is lost when an attack does the same; needs one router for the whole network. Not in the paper.
         clip: largest norm of each optimiser's gradient; None for none.
         schedule: step the scheduler after every `epoch` or `step`.
         val_steps: of PGD on the validation split, whose accuracy chooses the checkpoint.
@@ -105,6 +108,7 @@ class RobustnessTask(BaseTask):
         router_beta: float = 6.0,
         router_lr: float | None = None,
         router_attack: Literal["joint", "router"] = "joint",
+        misroute: float = 0.0,
         clip: float | None = None,
         schedule: Literal["epoch", "step"] = "epoch",
         val_steps: int = 10,
@@ -128,6 +132,8 @@ class RobustnessTask(BaseTask):
                 f"model: train_steps={train_steps}, val_steps={val_steps}, test_steps={test_steps}, "
                 f"route_steps={route_steps}: expected at least 1 of each"
             )
+        if misroute and (not 0 < misroute <= 1 or not isinstance(getattr(model, "network", None), Routed)):
+            raise UserError(f"model.misroute={misroute}: expected a share, and a model with router_scope global")
         size = 1.25 * eps / train_steps if train_step_size is None else train_step_size
         self.train_ball, self.val_ball = Ball(eps, train_steps, size), Ball(eps, val_steps, 2.5 * eps / val_steps)
         self.test_ball, self.route_ball = (
@@ -138,7 +144,7 @@ class RobustnessTask(BaseTask):
         self.router_weight, self.router_beta, self.router_lr = router_weight, router_beta, router_lr
         self.router_target, self.router_attack = router_target, router_attack
         self.attack_images, self.autoattack, self.channels_last = attack_images, autoattack, channels_last
-        self.curve_images = curve_images
+        self.curve_images, self.misroute = curve_images, misroute
         self.schema = schema or {}
         self.routed = [part for part in model.modules() if isinstance(part, Routed)]
         self.alternate = alternate and bool(self.routed)
@@ -200,7 +206,8 @@ class RobustnessTask(BaseTask):
             self.toggle_optimizer(optimizer)
             for part in self.routed:
                 part.router.eval()
-        clean, attacked = self.model(image), self.model(adversarial)
+        clean = self.model(image)
+        attacked = self.model(adversarial, self._misrouted(adversarial)) if self.misroute else self.model(adversarial)
         kl = divergence(log_probability(clean.logits), log_probability(attacked.logits)).mean()
         ce = cross_entropy(clean.logits, label).mean()
         loss = ce + self.beta * kl + self.record(clean.routing)
@@ -209,6 +216,15 @@ class RobustnessTask(BaseTask):
         values = {"train/ce": ce.detach(), "train/kl": kl.detach(), "train/ra": right}
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(label))
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(label))
+
+    def _misrouted(self, image: Tensor) -> Int[Tensor, " batch"]:
+        """The router's expert for each image, a random other one for some."""
+        with torch.no_grad():
+            (logits,) = router_logits(self.model, image).values()
+        generator = self._generator(image, self._step_seed() + 1)
+        draw = torch.rand(len(image), 2, generator=generator, device=image.device)
+        other = (draw[:, 1] * (self.experts - 1)).long() + 1
+        return (logits.argmax(-1) + other * (draw[:, 0] < self.misroute)) % self.experts
 
     def _routers_turn(self, image: Tensor, label: Tensor, optimizer: Any) -> None:
         adversarial = self._craft(image, routers_only=self.router_attack == "router")
@@ -240,8 +256,7 @@ class RobustnessTask(BaseTask):
 
     def _craft(self, image: Tensor, routers_only: bool = False) -> Tensor:
         """Adversarial images of a training step, by the divergence from what the networks say of the clean ones."""
-        count = self.trainer.global_step if self._trainer is not None else 0
-        generator = self._generator(image, torch.initial_seed() + 7919 * count + self.global_rank)
+        generator = self._generator(image, self._step_seed())
         noise = torch.randn(image.shape, generator=generator, device=image.device, dtype=image.dtype)
         with attackable(self.model):
             with torch.no_grad():
@@ -258,6 +273,10 @@ class RobustnessTask(BaseTask):
                 return value + routers_divergence(log_r, output.router_logits)
 
             return ascend(objective, image, self.train_ball, image + _NEAR * noise, self._health)
+
+    def _step_seed(self) -> int:
+        """From the seed, the step and the process alone: a resumed run draws what a whole one would have."""
+        return torch.initial_seed() + 7919 * self.trainer.global_step + 2 * self.global_rank
 
     def on_train_epoch_end(self) -> None:
         self._health.check()
@@ -285,7 +304,7 @@ class RobustnessTask(BaseTask):
 
     def on_test_start(self) -> None:
         self._test, self._attack_later, self._curve, self.curve = [], [], [], {}
-        self.examples, self.flags = None, {}
+        self.examples, self.flags, self._health = None, {}, Health()
 
     def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
         with attackable(self.model), torch.autocast(self.device.type, enabled=False):
@@ -307,8 +326,7 @@ class RobustnessTask(BaseTask):
     def _attack(
         self, image: Tensor, label: Tensor, index: Tensor, attacked: Tensor, generator: torch.Generator
     ) -> None:
-        health = Health()
-        attacker = Attacker(self.model, image, label, generator, health)
+        attacker = Attacker(self.model, image, label, generator, self._health)
         self.record(attacker.clean.routing)
         routes = list(attacker.route.values())
         right = ~attacker.fooled
@@ -320,14 +338,14 @@ class RobustnessTask(BaseTask):
             with torch.no_grad():
                 pgd = pgd.masked_scatter(tried, self.model(last).logits.argmax(-1) == own.label)
             attacker.merge(own, tried)
-        health.check(most_zero=0.01)
         if bool(attacked.any()):
             own = attacker.keep(attacked)
+            own.health = Health()
             survival = survive(own, self.route_ball)
             attacker.merge(own, attacked)
             route = route.masked_scatter(attacked, survival.robust)
             flipped = flipped.masked_scatter(attacked, survival.flipped)
-        health.check()
+            own.health.check()
         if self.examples is None:
             self.examples = self._examples(attacker)
         expert = torch.stack(routes, 1) if routes else label.new_zeros(len(label), 0)
@@ -364,6 +382,7 @@ class RobustnessTask(BaseTask):
         return _CPU_IMAGES if self.device.type == "cpu" else 10**9
 
     def on_test_epoch_end(self) -> None:
+        self._health.check(_MOST_ZERO)
         table = Attacked(*(torch.cat(values) for values in zip(*self._gather(self._test), strict=True)))
         auto, cost = self._run_auto_attack(), None
         with attackable(self.model), torch.autocast(self.device.type, enabled=False):
@@ -381,7 +400,7 @@ class RobustnessTask(BaseTask):
         if kept:
             image, label, index = (torch.cat(values) for values in zip(*kept, strict=True))
             with attackable(self.model), torch.autocast(self.device.type, enabled=False):
-                outcome = autoattack.auto_attack(self.model, image, label, self.eps)
+                outcome = autoattack.auto_attack(self.model, image, label, self.eps, progress=self.print)
             check_ball(image, outcome.adversarial, self.eps)
             self.flags = outcome.flags
             found = dict(zip(index.tolist(), outcome.robust.tolist(), strict=True))

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -44,11 +44,12 @@ def auto_attack(
     eps: float,
     seed: int = 0,
     batch_size: int = 250,
+    progress: Callable[[str], object] | None = None,
 ) -> AutoAttacked:
     """APGD-CE, APGD-T, FAB-T (100 steps each, up to nine targets) and Square (5,000 queries), worst case per image.
 
     With three classes or fewer the targeted ones have no loss: APGD-CE, FAB and Square remain. The model is to be in
-    eval mode, inside `attackable`. A number of seconds per hundred images on a GPU, minutes on a CPU.
+    eval mode, inside `attackable`. `progress` is told the accuracy after each attack: they take minutes on a CPU.
 
     Raises:
         UserError: the package is missing.
@@ -62,7 +63,7 @@ def auto_attack(
 
     checks.funcs.update(dict.fromkeys(checks.funcs, 0))  # the package counts over the whole process
     network, classes = _Logits(model).eval(), int(model(image[:1]).logits.shape[-1])
-    with _quiet_trace(), _warnings() as said:
+    with _quiet_trace(), _warnings(progress) as said:
         if classes > 3:
             attack = AutoAttack(network, norm="Linf", eps=eps, seed=seed, device=image.device)
             targets = min(9, classes - 1)
@@ -93,23 +94,29 @@ class _Logits(nn.Module):
 
 
 @contextmanager
-def _warnings() -> Iterator[list[str]]:
-    """What the package warns of; nothing of it reaches the terminal."""
+def _warnings(progress: Callable[[str], object] | None = None) -> Iterator[list[str]]:
+    """What the package warns of; nothing of it reaches the terminal but what `progress` is told."""
     said: list[str] = []
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage().removesuffix(" See flags_doc.md for details."))
+            text = record.getMessage()
+            if record.levelno >= logging.WARNING:
+                said.append(text.removesuffix(" See flags_doc.md for details."))
+            elif progress is not None and text.startswith(("initial accuracy", "robust accuracy after")):
+                progress(f"AutoAttack: {text}")
 
-    logger, listener = logging.getLogger("auto-attack"), Listener(logging.WARNING)
-    before = logger.propagate
+    logger, listener = logging.getLogger("auto-attack"), Listener(logging.DEBUG)
+    before = logger.propagate, logger.level
     logger.addHandler(listener)
     logger.propagate = False
+    logger.setLevel(logging.DEBUG)
     try:
         yield said
     finally:
         logger.removeHandler(listener)
-        logger.propagate = before
+        logger.propagate = before[0]
+        logger.setLevel(before[1])
 
 
 @contextmanager
