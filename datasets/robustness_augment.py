@@ -20,7 +20,7 @@ def crop_and_flip(
     device, the number of processes or whether the run was resumed.
     """
     height, width = image.shape[2:]
-    draw = [_random(index, epoch, 3 * seed + k) for k in range(3)]
+    draw = [random_bits(index, epoch, 3 * seed + k) for k in range(3)]
     top, left = (value % (2 * padding + 1) for value in draw[:2])
     rows = top[:, None] + torch.arange(height, device=image.device)
     columns = left[:, None] + torch.arange(width, device=image.device)
@@ -31,7 +31,7 @@ def crop_and_flip(
     return image.gather(3, columns[:, None, None, :].expand(*image.shape[:3], width))
 
 
-def _random(index: Int[Tensor, " batch"], epoch: int, stream: int) -> Int[Tensor, " batch"]:
+def random_bits(index: Int[Tensor, " batch"], epoch: int, stream: int) -> Int[Tensor, " batch"]:
     """31 random bits for each (index, epoch, stream), by the mixing steps of SplitMix64 (Steele et al. 2014)."""
     x = index.long() + _wrapped(0x9E3779B97F4A7C15 * (1 + epoch)) + _wrapped(0xD1B54A32D192ED03 * (1 + stream))
     x = (x ^ _shifted(x, 30)) * _wrapped(0xBF58476D1CE4E5B9)
