@@ -1,4 +1,4 @@
-"""What changes in a router while it trains but is no gradient: the balancing bias, the temperature."""
+"""What changes in a router while it trains but is no gradient: the balancing bias, the temperature, the search."""
 
 from typing import Any, Literal
 
@@ -7,7 +7,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import nn
 
 from ..errors import UserError
-from ..zoo.core import Router, update_router_bias
+from ..zoo.core import PermutationLearner, Router, update_router_bias
 
 
 class RouterBias(Callback):
@@ -93,6 +93,38 @@ class TemperatureSchedule(Callback):
     def _restore(self) -> None:
         for router, own in self._own.items():
             router.temperature = own
+
+
+class PermutationSearch(Callback):
+    """Leads every `PermutationLearner` of the model through its search in the first steps, then freezes it (COMET+).
+
+    Args:
+        share: of the run's optimiser steps; the authors take 0.01 to 0.1.
+    """
+
+    def __init__(self, share: float = 0.1) -> None:
+        if not 0 < share <= 1:
+            raise UserError(f"share={share} must lie in (0, 1]")
+        self.share = share
+        self._steps = 1.0
+        self._learners: list[PermutationLearner] = []
+
+    def on_fit_start(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
+        self._learners = [part for part in task.modules() if isinstance(part, PermutationLearner)]
+        if not self._learners:
+            raise UserError("PermutationSearch: no router of the model has a permutation; drop the callback")
+        if trainer.estimated_stepping_batches == float("inf"):
+            raise UserError("PermutationSearch: the run has no end to take a share of; give max_steps or max_epochs")
+        self._steps = self.share * trainer.estimated_stepping_batches
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, task: lightning.LightningModule, *_: Any) -> None:
+        step = trainer.global_step // max(len(trainer.optimizers), 1)
+        for learner in self._learners:
+            learner.search(step / self._steps)
+
+    def on_train_end(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
+        for learner in self._learners:
+            learner.freeze()
 
 
 def _routers(module: nn.Module) -> list[Router]:

@@ -10,9 +10,9 @@ import pytest
 import pytorch_lightning as lightning
 import torch
 from moezoo.errors import UserError
-from moezoo.tasks.balancing import RouterBias, TemperatureSchedule
+from moezoo.tasks.balancing import PermutationSearch, RouterBias, TemperatureSchedule
 from moezoo.tasks.base import BaseTask
-from moezoo.zoo.core import DenseRouter, MLPExperts, MoE, TopKRouter
+from moezoo.zoo.core import CometRouter, DenseRouter, MLPExperts, MoE, PermutationLearner, TopKRouter
 from moezoo.zoo.core.statistics import max_violation
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -26,7 +26,9 @@ class Toy(lightning.LightningModule):
         if router is None:
             router = TopKRouter(8, 4, 2, score_func="sigmoid", balance=balance, bias_update_rate=rate)
         self.moe = MoE(router, MLPExperts(4, 8, 16))
-        torch.nn.init.normal_(router.weight, 0.0, 0.3)  # scores apart: the bias has something to overcome
+        torch.nn.init.normal_(
+            getattr(router, "gate", router).weight, 0.0, 0.3
+        )  # scores apart: the bias has something to overcome
         self.violations, self.temperatures, self.evaluated, self.biases = [], [], [], []
 
     def training_step(self, batch, batch_idx):
@@ -248,3 +250,22 @@ def test_mistakes_are_named():
         TemperatureSchedule(2.0, steps=0)
     with pytest.raises(UserError, match="the run has no end"):
         fit(Toy(DenseRouter(8, 4)), [TemperatureSchedule(2.0)], max_epochs=-1)
+
+
+def test_a_permutation_is_searched_in_the_first_steps_and_then_stays():
+    learner = PermutationLearner(4)
+    seen = []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_end(self, *_):
+            seen.append((learner.frozen, learner.temperature))
+
+    task = Toy(CometRouter(8, 4, 2, permutation=learner))
+    fit(task, [PermutationSearch(share=0.5), Watch()])  # 8 steps
+    assert [frozen for frozen, _ in seen] == [False] * 4 + [True] * 4
+    assert [t for _, t in seen[:4]] == pytest.approx([1e-3, 1e-4, 1e-5, 1e-6])
+    assert torch.equal(learner.matrix().sum(0), torch.ones(4))
+    with pytest.raises(UserError, match="no router of the model has a permutation"):
+        fit(Toy(), [PermutationSearch()])
+    with pytest.raises(UserError, match="share=2.0"):
+        PermutationSearch(share=2.0)

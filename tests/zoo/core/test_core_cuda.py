@@ -5,15 +5,26 @@ import copy
 import pytest
 import torch
 from moezoo.zoo.core import (
+    PEER,
+    CometRouter,
     ConvExperts,
     DenseRouter,
+    DenseToSparseRouter,
+    DSelectKRouter,
     ExpertChoiceRouter,
+    GatingResidualRouter,
     LoRAExperts,
     MLPExperts,
     MoE,
+    Monet,
     NoisyTopKRouter,
     NullExpertRouter,
+    PermutationLearner,
+    ProductKeyRouter,
     RecurrentExperts,
+    RecurrentRouter,
+    SoftMoE,
+    SparsityGate,
     StraightThroughRouter,
     SwitchRouter,
     TopKRouter,
@@ -34,6 +45,20 @@ ROUTERS = {
     "straight": lambda: StraightThroughRouter(16, 8),
     "choice": lambda: ExpertChoiceRouter(16, 8),
     "null": lambda: NullExpertRouter(16, 8, num_null=2, top_k=2),
+    "dselect": lambda: DSelectKRouter(16, 8, 2),
+    "comet": lambda: CometRouter(16, 8, 2),
+    "searching": lambda: DSelectKRouter(16, 8, 2, permutation=PermutationLearner(8, temperature=(0.5, 0.1))),
+    "dense to sparse": lambda: DenseToSparseRouter(16, 8, 2),
+    "recurrent": lambda: RecurrentRouter(16, TopKRouter(12, 8, 2), torch.nn.GRUCell(12, 12)),
+    "gating residual": lambda: GatingResidualRouter(NullExpertRouter(16, 8, num_null=2, top_k=2)),
+    "product keys": lambda: ProductKeyRouter(16, 8, 2, heads=2),
+    "sparsity": lambda: TopKRouter(16, 8, 2, gate=SparsityGate(MLPExperts(8, 16, 24, act="relu"))),
+}
+LAYERS = {
+    "soft": lambda: SoftMoE(16, MLPExperts(4, 16, 24), 3),
+    "peer": lambda: PEER(16, 64, heads=2, top_k=4, key_dim=8),
+    "horizontal": lambda: Monet(16, 8, heads=2, top_k=2),
+    "vertical": lambda: Monet(16, 8, heads=2, top_k=2, form="vertical"),
 }
 
 
@@ -85,14 +110,52 @@ def test_every_router_routes_as_on_the_cpu(name):
     torch.manual_seed(0)
     router = ROUTERS[name]()
     extra = [ZeroExpert()] * router.num_extra
-    exact = MoE(router, MLPExperts(8, 16, 24), extra_experts=extra).double().eval()  # noise is for training
-    torch.nn.init.normal_(exact.router.weight)
+    experts = router.gate.experts if name == "sparsity" else MLPExperts(8, 16, 24)
+    exact = MoE(router, experts, extra_experts=extra).double().eval()  # noise is for training
+    for parameter in exact.router.parameters():
+        torch.nn.init.normal_(parameter)
     ours, x = copy.deepcopy(exact).cuda(), torch.randn(120, 16, dtype=torch.float64)
     for got, want in zip(outputs(ours, x.cuda()), outputs(exact, x), strict=True):
         torch.testing.assert_close(got.cpu(), want)
     for field in ("indices", "weights", "scores"):
         torch.testing.assert_close(getattr(ours.last_routing, field).cpu(), getattr(exact.last_routing, field))
     ours.train()(x.cuda())
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_no_router_waits_for_the_device(name):
+    router, x = ROUTERS[name]().cuda(), torch.randn(64, 16, device="cuda", requires_grad=True)
+    if name == "sparsity":
+        router.gate.experts.cuda()  # the gate reads experts that belong to a layer
+
+    def step():
+        routing = router(x)
+        (routing.weights.square().sum() + routing.aux_loss).backward()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+        router.eval()
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_give_the_numbers_of_the_cpu_without_waiting(name):
+    torch.manual_seed(0)
+    exact, x = LAYERS[name]().double().eval(), torch.randn(3, 40, 16, dtype=torch.float64)
+    ours = copy.deepcopy(exact).cuda()
+    for got, want in zip(outputs(ours, x.cuda()), outputs(exact, x), strict=True):
+        torch.testing.assert_close(got.cpu(), want)
+    ours, x = ours.float().train(), x.cuda().float()
+    outputs(ours, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outputs(ours, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("kind", ["conv", "lora", "lstm"])

@@ -9,6 +9,7 @@ from moezoo.zoo.core import (
     AdamResidual,
     LoadedExperts,
     MLPExperts,
+    ModuleExperts,
     MoE,
     MomentumResidual,
     Monet,
@@ -61,6 +62,16 @@ def test_soft_moe_knows_no_order_and_no_padding():
     assert (y[0, 4:] == 0).all() and (routing.indices[4:7] == -1).all()
     assert torch.isfinite(layer(x, token_mask=torch.zeros(2, 7, dtype=torch.bool))).all()
     assert layer(x[:, :0]).shape == (2, 0, 4)
+
+
+def test_equal_shares_are_computed_alike_by_any_kind_of_experts():
+    torch.manual_seed(0)
+    kinds = [MLPExperts(3, 4, [6, 5], act="swiglu"), ModuleExperts(lambda: nn.Linear(4, 4), 3)]
+    for experts in kinds:
+        x = torch.randn(3, 5, 4)
+        want = torch.stack([experts.dense(rows)[:, e] for e, rows in enumerate(x)])
+        torch.testing.assert_close(experts.batched(x), want)
+        assert experts.batched(x[:, :0]).shape == (3, 0, 4)
 
 
 def test_gradcheck_of_soft_moe():

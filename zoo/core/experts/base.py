@@ -52,6 +52,12 @@ class Experts(nn.Module, ABC):
         """Dispatch, every row through its own expert, combine."""
         return combine(self(dispatch(x, plan), plan, backend=backend), weights, plan)
 
+    def batched(self, x: Float[Tensor, "experts rows *dims"]) -> Float[Tensor, "experts rows *out_dims"]:
+        """Every expert on rows of its own, as many for each."""
+        expert = torch.arange(self.num_experts, device=x.device).repeat_interleave(x.shape[1])
+        y: Tensor = self(x.flatten(0, 1), make_plan(expert[:, None], self.num_experts, dropless=True))
+        return y.unflatten(0, x.shape[:2])
+
     def gather(
         self, x: Float[Tensor, "tokens *dims"], weights: Float[Tensor, "tokens k"], indices: Int[Tensor, "tokens k"]
     ) -> Float[Tensor, "tokens *out_dims"]:

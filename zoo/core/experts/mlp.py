@@ -135,6 +135,12 @@ class MLPExperts(Experts):
         layers = [(layer.weight, layer.bias) for layer in self._stack()]
         return routed_mlp(x, weights, plan, layers, self.act, backend)
 
+    def batched(self, x: Float[Tensor, "experts rows dim"]) -> Float[Tensor, "experts rows out"]:
+        *hidden, last = self._stack()
+        for layer in hidden:
+            x = self._activate(layer.batched(x))
+        return last.batched(x)
+
     def gather(
         self, x: Float[Tensor, "tokens dim"], weights: Float[Tensor, "tokens k"], indices: Int[Tensor, "tokens k"]
     ) -> Float[Tensor, "tokens out"]:

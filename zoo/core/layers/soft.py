@@ -7,7 +7,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..dispatch import make_plan
 from ..experts import Experts
 from ..routing import Routing
 from ..routing.router import OFF, full_precision
@@ -84,10 +83,9 @@ class SoftMoE(nn.Module):
     def _outputs(self, inputs: Float[Tensor, "batch slots dim"]) -> Float[Tensor, "batch slots out"]:
         """Slot s of every sequence through expert `s // slots`."""
         batch, experts = inputs.shape[0], self.experts.num_experts
-        rows = inputs.unflatten(1, (experts, self.slots)).transpose(0, 1).flatten(0, 2)
-        expert = torch.arange(experts, device=rows.device).repeat_interleave(batch * self.slots)
-        y: Tensor = self.experts(rows, make_plan(expert[:, None], experts, dropless=True))
-        return y.view(experts, batch, self.slots, y.shape[-1]).transpose(0, 1).flatten(1, 2)
+        own = inputs.unflatten(1, (experts, self.slots)).transpose(0, 1).flatten(1, 2)
+        y = self.experts.batched(own).unflatten(1, (batch, self.slots))
+        return y.transpose(0, 1).flatten(1, 2)
 
     def _record(self, logits: Tensor, out_of: Tensor, mask: Tensor | None) -> Routing:
         experts = self.experts.num_experts
