@@ -246,8 +246,8 @@ def _relation(value: Any, place: str) -> Relation:
     begin, end = (int(frame) for frame in duration)
     if not 0 <= begin < end:
         raise UserError(f"{place}.duration: [{begin}, {end}), expected 0 <= begin < end")
-    sides = (_boxes(value.get(key), f"{place}.{key}", end - begin) for key in ("sub_traj", "obj_traj"))
-    return Relation((triplet[0], triplet[1], triplet[2]), begin, end, *sides, score=float(score))
+    subject, other = (_boxes(value.get(key), f"{place}.{key}", end - begin) for key in ("sub_traj", "obj_traj"))
+    return Relation((triplet[0], triplet[1], triplet[2]), begin, end, subject, other, float(score))
 
 
 def _boxes(value: Any, place: str, frames: int) -> Boxes:

@@ -106,4 +106,5 @@ def _ratio(
 
 def _volume(tracks: Tracks, plus: float) -> Float64[np.ndarray, " tracks"]:
     owner = np.repeat(np.arange(len(tracks.length)), tracks.length)
-    return np.bincount(owner, area(tracks.boxes, plus), minlength=len(tracks.length))
+    sums = np.bincount(owner, area(tracks.boxes, plus), minlength=len(tracks.length))
+    return sums.astype(np.float64)  # of no track at all NumPy makes whole numbers

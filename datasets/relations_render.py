@@ -44,7 +44,8 @@ def describe(frames: Frames, boxes: Float64[np.ndarray, "boxes 4"], begin: int) 
     at = np.clip(begin + looks, 0, len(frames) - 1)
     crop = frames[at[:, None, None], rows[:, :, None], columns[:, None, :]].astype(np.float32)
     means = crop.reshape(_LOOKS, _GRID, 4, _GRID, 4, 3).mean((0, 2, 4))
-    return (means.ravel() / 127.5 - 1).astype(np.float32)
+    colours: Float32[np.ndarray, " 48"] = (means.ravel() / 127.5 - 1).astype(np.float32)
+    return colours
 
 
 def _paint(
@@ -69,23 +70,18 @@ def _paint(
 def _mask(c: int, u: Plane, v: Plane) -> Bool[np.ndarray, "rows columns"]:
     """Where the c-th shape is, in coordinates from -1 to 1; v points down."""
     radius, angle = np.hypot(u, v), np.arctan2(v, u)
-    name = _SHAPES[c]
-    if name == "disk":
-        return radius <= 1
-    if name == "square":
-        return np.maximum(np.abs(u), np.abs(v)) <= 1
-    if name == "triangle":
-        return np.abs(u) <= (v + 1) / 2
-    if name == "star":
-        return radius <= 0.62 + 0.38 * np.cos(5 * (angle + np.pi / 2))
-    if name == "ring":
-        return (radius <= 1) & (radius >= 0.55)
-    if name == "cross":
-        return np.minimum(np.abs(u), np.abs(v)) <= 0.33
-    if name == "bar":
-        return np.abs(v) <= 0.45
     x, y = 1.2 * u, -1.15 * v + 0.1
-    return (x**2 + y**2 - 1) ** 3 <= x**2 * y**3  # the heart curve
+    inside: dict[str, Bool[np.ndarray, "rows columns"]] = {
+        "disk": radius <= 1,
+        "square": np.maximum(np.abs(u), np.abs(v)) <= 1,
+        "triangle": np.abs(u) <= (v + 1) / 2,
+        "star": radius <= 0.62 + 0.38 * np.cos(5 * (angle + np.pi / 2)),
+        "ring": (radius <= 1) & (radius >= 0.55),
+        "cross": np.minimum(np.abs(u), np.abs(v)) <= 0.33,
+        "bar": np.abs(v) <= 0.45,
+        "heart": (x**2 + y**2 - 1) ** 3 <= x**2 * y**3,  # the heart curve
+    }
+    return inside[_SHAPES[c]]
 
 
 _SHAPES = ("disk", "square", "triangle", "star", "ring", "cross", "bar", "heart")

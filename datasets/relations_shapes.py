@@ -158,7 +158,7 @@ def scenes(
     made = []
     for number in numbers:
         rng = np.random.default_rng([world.seed, split, number, 1])
-        domain = int(domains[rng.integers(len(domains))])
+        domain = int(domains[int(rng.integers(len(domains)))])
         clip = make_clip(world, split, number, frames, new_triplets)
         rendered = None
         if kind == "pixels":
@@ -217,33 +217,34 @@ def _driven(
     across = np.array([-along[1], along[0]])
     side = rng.choice([-1.0, 1.0])
     start, end = rng.uniform(0.38, 0.5), rng.uniform(0.02, 0.08)
-    if name == "chase":
-        return path - _heading(path) * (reach + 0.3 - 0.18 * t)
-    if name == "past":
-        return path + along * (0.45 - 0.9 * t) + across * side * reach * 0.8
-    if name == "toward":
-        return path + along * (0.6 * reach + start + (end - start) * t)
-    if name == "away":
-        return path + along * (0.6 * reach + end + (start - end) * t)
-    if name == "move_with":
-        return path + along * (reach + rng.uniform(0.12, 0.2)) + 0.0 * t
-    if name == "ride":
-        return path - np.array([0.0, touch[1] * 0.8]) + 0.0 * t
-    if name in ("move_next_to", "stop_next_to"):
-        return path + np.array([side * touch[0] * 1.15, rng.uniform(-0.03, 0.03)]) + 0.0 * t
-    return path[:1] + along * (reach + 0.25) + _stroll(frames, rng)
+    beside = np.array([side * touch[0] * 1.15, rng.uniform(-0.03, 0.03)])
+    offsets: dict[str, Path2] = {
+        "chase": -_heading(path) * (reach + 0.3 - 0.18 * t),
+        "past": along * (0.45 - 0.9 * t) + across * side * reach * 0.8,
+        "toward": along * (0.6 * reach + start + (end - start) * t),
+        "away": along * (0.6 * reach + end + (start - end) * t),
+        "move_with": along * (reach + rng.uniform(0.12, 0.2)) + 0.0 * t,
+        "ride": np.array([0.0, -touch[1] * 0.8]) + 0.0 * t,
+        "move_next_to": beside + 0.0 * t,
+        "stop_next_to": beside + 0.0 * t,
+    }
+    free = path[:1] + along * (reach + 0.25) + _stroll(frames, rng)
+    chosen: Path2 = path + offsets[name] if name in offsets else free
+    return chosen
 
 
 def _stroll(frames: int, rng: Rng) -> Path2:
     """A gentle curve."""
     angle = rng.uniform(0, 2 * np.pi) + np.linspace(0, rng.uniform(-0.8, 0.8), frames)
     step = rng.uniform(0.25, 0.5) / frames * np.stack([np.cos(angle), np.sin(angle)], 1)
-    return np.cumsum(step, 0)
+    path: Path2 = np.cumsum(step, 0)
+    return path
 
 
 def _heading(path: Path2) -> Path2:
     step = np.gradient(path, axis=0)
-    return step / np.maximum(np.linalg.norm(step, axis=1, keepdims=True), 1e-9)
+    heading: Path2 = step / np.maximum(np.linalg.norm(step, axis=1, keepdims=True), 1e-9)
+    return heading
 
 
 def _static(boxes: Float64[np.ndarray, "n frames 4"]) -> list[Instance]:
@@ -298,7 +299,8 @@ def _feature(
     else:
         centre = rng.standard_normal(FEATURES)
         centre *= rng.uniform(0, 2) / np.linalg.norm(centre)
-    return (centre + noise * rng.standard_normal(FEATURES)).astype(np.float32)
+    seen: Float32[np.ndarray, " features"] = (centre + noise * rng.standard_normal(FEATURES)).astype(np.float32)
+    return seen
 
 
 @dataclass(frozen=True)

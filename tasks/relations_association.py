@@ -176,17 +176,17 @@ def associate(
             same = waiting.get(relation.triplet, [])
             fits = (r for r in same if memory.linked(r.subject, relation.subject) > threshold
                     and memory.linked(r.object, relation.object) > threshold)  # fmt: skip
-            running = next(fits, None)
-            if running is None:
-                running = _Running(relation.triplet, relation.subject, relation.object)
-                everything.append(running)
+            current = next(fits, None)
+            if current is None:
+                current = _Running(relation.triplet, relation.subject, relation.object)
+                everything.append(current)
             else:
-                same.remove(running)
-                running.subject = memory.joined(running.subject, relation.subject)
-                running.object = memory.joined(running.object, relation.object)
-            running.scores.append(relation.score)
-            open_now.append(running)
-    finished = [r for running in everything if (r := running.finished(score)) is not None]
+                same.remove(current)
+                current.subject = memory.joined(current.subject, relation.subject)
+                current.object = memory.joined(current.object, relation.object)
+            current.scores.append(relation.score)
+            open_now.append(current)
+    finished = [whole for running in everything if (whole := running.finished(score)) is not None]
     return sorted(finished, key=lambda r: r.score, reverse=True)[:most]
 
 

@@ -277,8 +277,8 @@ class IterativeModel(ZooModel):
         return Belief(*seen.split(self._sizes, -1))
 
     def _truth(self, labels: Labels, dtype: torch.dtype) -> Belief:
-        sides = (F.one_hot(side, self.preferences.classes).to(dtype)[:, None] for side in labels[:2])
-        return Belief(*sides, labels.predicate.to(dtype)[:, None])
+        s, o = (F.one_hot(side, self.preferences.classes).to(dtype)[:, None] for side in labels[:2])
+        return Belief(s, o, labels.predicate.to(dtype)[:, None])
 
     def _corrected(
         self, seen: Float[Tensor, "pairs slots out"], before: Belief, after: Belief | None, plan: Plan | None,

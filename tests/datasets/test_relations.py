@@ -38,6 +38,12 @@ def one_viou(a, b, begin_a, begin_b):
     return float(viou(stack([a], [begin_a]), stack([b], [begin_b]), one, one)[0])
 
 
+def test_no_track_overlaps_nothing():
+    nothing, none = stack([], []), np.zeros(0, dtype=np.int64)
+    for overlap in (viou, viou_within, viou_in_common):
+        assert overlap(nothing, nothing, none, none).shape == (0,)
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**31))
 def test_cut_overlaps_are_plain_overlaps_of_cut_tracks(seed):
