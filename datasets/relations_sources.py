@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from ..errors import UserError
-from . import relations_render, relations_shapes, relations_windows
+from . import relations_render, relations_shapes
 from .relations_formats import annotation_files, read_clips
 from .relations_shapes import OBJECTS, PREDICATES, ShapesOptions, make_world, motion, scenes
 from .relations_table import Clip
@@ -81,7 +81,8 @@ def open_moving_shapes(features: str, **options: Any) -> Source:
         "geom": len(OBJECTS) + len(MOTION),
         "pixels": relations_render.FEATURES,
     }
-    makers = tuple(Path(str(module.__file__)) for module in (relations_shapes, relations_render, relations_windows))
+    modules = [relations_shapes, relations_render] if features == "pixels" else [relations_shapes]
+    makers = tuple(Path(str(module.__file__)) for module in modules)
     name = "moving_shapes" if features == "visual" else f"moving_shapes-{features}"
     name += "-new-domain" if chosen.test_domains == "withheld" else ""
     return Source(name, makers, OBJECTS, PREDICATES, width[features], 20, True, read)
