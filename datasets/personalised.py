@@ -126,7 +126,7 @@ class PersonalisedData(lightning.LightningDataModule):
         """The public's images for the first epochs, then those of all users and the public's in between."""
         trainer = self.trainer
         epoch = 0 if trainer is None else trainer.current_epoch
-        if trainer is not None and trainer.reload_dataloaders_every_n_epochs != 1:
+        if trainer is not None and getattr(trainer, "reload_dataloaders_every_n_epochs", 0) != 1:
             raise UserError("trainer.reload_dataloaders_every_n_epochs: expected 1, as epochs differ from each other")
         if epoch < self.generic_epochs:
             return self._loader(GenericBatches(self, "train"), self.batch_size, shuffle=True)

@@ -57,11 +57,11 @@ class Users:
         """sha256 (hex) of what the images are made of, and of who has which."""
         digest = hashlib.sha256(self.made_of.encode())
         for part in (self.label, *self.generic.values()):
-            digest.update(part.contiguous().numpy())
+            digest.update(part.contiguous().numpy().data)
         for user in (*self.valid, *self.test):
             digest.update(user.name.encode())
-            digest.update(user.learn.contiguous().numpy())
-            digest.update(user.held.contiguous().numpy())
+            digest.update(user.learn.contiguous().numpy().data)
+            digest.update(user.held.contiguous().numpy().data)
         return digest.hexdigest()
 
 
@@ -89,7 +89,8 @@ def open_fashion_styles(users: int = _STYLED_USERS, images: int = _STYLED_IMAGES
     image, label = _joined(cut)
     pools = (kept[:need].view(3, users, images), order[:apart].view(users, images))
     image = image.clone()
-    valid, test = [], []
+    valid: list[User] = []
+    test: list[User] = []
     for k in range(users):
         for number, (learn, held), group in (
             (k, (pools[0][0][k], pools[0][1][k]), valid),

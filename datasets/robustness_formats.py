@@ -104,19 +104,18 @@ def open_parquet(
             f"{where}: no test images; give a column 'split' with train and test, a file with 'test' in its name, or "
             "--data.files.test FILE"
         )
-    splits = [
-        (
-            decode(part["image"].to_list(), lambda i, part=part: f"{part['file'][i]}, row {part['row'][i]}", colour),
-            torch.from_numpy(part["label"].to_numpy().copy()),
-        )
-        for part in (rows, held)
-    ]
+    splits = [_decoded(part, colour) for part in (rows, held)]
     if classes is None:
-        count = int(rows["label"].max() or 0) + 1  # type: ignore[call-overload]
+        count = int(splits[0][1].max()) + 1 if len(rows) else 0
         is_cifar10 = where.stem.lower().startswith("cifar10") and not where.stem.lower().startswith("cifar100")
         classes = list(CIFAR10_CLASSES) if is_cifar10 else [str(i) for i in range(count)]
     stem = where.stem if where.is_file() else where.name
     return make_source(name or stem, where, classes, *splits)
+
+
+def _decoded(part: pl.DataFrame, colour: Colour | None) -> Split:
+    image = decode(part["image"].to_list(), lambda i: f"{part['file'][i]}, row {part['row'][i]}", colour)
+    return image, torch.from_numpy(part["label"].to_numpy().copy())
 
 
 def _parquet_files(path: str | Sequence[str]) -> list[Path]:
@@ -277,11 +276,11 @@ def open_tinyimagenet(path: str) -> ImageSource:
         held.append(folder / "val" / "images" / file)
         held_labels.append(number[wnid])
     classes = [words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids]
-    splits = [
-        (decode(some, lambda i, some=some: str(some[i]), "rgb"), torch.tensor(own))
+    train, test = (
+        (decode(some, [str(file) for file in some].__getitem__, "rgb"), torch.tensor(own))
         for some, own in ((files, labels), (held, held_labels))
-    ]
-    return make_source("tinyimagenet", folder, classes, *splits)
+    )
+    return make_source("tinyimagenet", folder, classes, train, test)
 
 
 def _lines(file: Path) -> list[str]:

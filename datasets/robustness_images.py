@@ -51,8 +51,8 @@ class ImageSource:
         digest = hashlib.sha256()
         for part in (self.train, self.test):
             digest.update(repr((tuple(part.image.shape), self.classes)).encode())
-            digest.update(part.image.contiguous().numpy())
-            digest.update(part.label.contiguous().numpy())
+            digest.update(part.image.contiguous().numpy().data)
+            digest.update(part.label.contiguous().numpy().data)
         return digest.hexdigest()
 
 

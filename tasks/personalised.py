@@ -110,7 +110,8 @@ class PersonalisedTask(BaseTask):
 
     def on_test_epoch_end(self) -> None:
         self.tested = self._take()
-        self.result = evaluate(self.tested, self.model.overhead())
+        model: Any = self.model
+        self.result = evaluate(self.tested, model.overhead())
         self.log_dict({f"test/{name}": value for name, value in self.result.metrics.items()}, sync_dist=True)
 
     def predict_step(self, batch: PersonalBatch, batch_idx: int) -> pl.DataFrame:

@@ -72,9 +72,10 @@ def test_the_public_trains_first_then_users_with_the_public_between(fashion):
     assert torch.equal(again.place, batch.place) and torch.equal(again.user, batch.user)
 
 
-def test_rehearsal_is_the_share_that_is_asked_for():
+def test_rehearsal_is_the_share_that_is_asked_for(fashion):
     for share in (0.0, 0.25, 0.8):
         data = PersonalisedData(rehearsal=share)
+        data.opened = fashion.opened  # read once
         data.setup("fit")
         own = UserBatches(data, 9)[list(range(100))].own
         assert own.sum() == 100 and own.float().mean().item() == pytest.approx(1 - share, abs=0.01)

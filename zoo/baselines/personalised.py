@@ -119,7 +119,7 @@ class FineTuned(RobustModel):
         """Every user's network becomes the generic one."""
         layers = [part for part in self.generic.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
         for experts, layer in zip((self.conv1, self.conv2, *self.linear.layers), layers, strict=True):
-            for own, shared in ((experts.weight, layer.weight), (experts.bias, layer.bias)):
+            for own, shared in zip(experts.parameters(), layer.parameters(), strict=True):  # weight, bias
                 own.view(self.users, *shared.shape).copy_(shared)
         self.started.fill_(True)
 
