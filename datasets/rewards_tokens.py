@@ -99,21 +99,25 @@ class HuggingFace:
         self.tail = [] if ends is None else [ends]
         self.between = self.tail if tokenizer.sep_token_id is not None else []
         self.pad = next(i for i in (tokenizer.pad_token_id, ends, 0) if i is not None)
+        self._last: tuple[str | None, list[int]] = (None, [])  # both responses of a pair have the same prompt
 
     def _encode(self, text: str) -> list[int]:
         found: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return found
 
     def pair(self, prompt: str, response: str, max_length: int) -> list[int]:
-        if self.templated:
-            before = self.tokenizer.apply_chat_template(
-                conversation(prompt), tokenize=False, add_generation_prompt=True
-            )
-            body = self._encode(before) + self._encode(response.strip())
-        else:
-            body = self._encode(prompt) + self.between + self._encode(response)
+        if prompt != self._last[0]:
+            self._last = (prompt, self._before(prompt))
+        body = self._last[1] + self._encode(response.strip() if self.templated else response)
         room = max_length - len(self.head) - len(self.tail)
         return [*self.head, *body[-room:], *self.tail]
+
+    def _before(self, prompt: str) -> list[int]:
+        """Ids of what stands before a response, without the head."""
+        if not self.templated:
+            return self._encode(prompt) + self.between
+        turns = conversation(prompt)
+        return self._encode(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
     def prompt(self, prompt: str, max_length: int) -> list[int]:
         body = self._encode("\n".join(queries(prompt)))
@@ -141,7 +145,7 @@ def load_tokenizer(name: str) -> Any:
             f"data.tokenizer={name}: needs transformers; pip install 'moezoo[rewards]', or set data.tokenizer=words"
         ) from None
     arguments: dict[str, Any] = {}
-    place = name
+    place = name.removeprefix("hf:")  # as backbones are named
     if name in _PACKAGES:
         folder = package_folder(name)
         ggufs = sorted(folder.rglob("*.gguf"))
@@ -150,7 +154,7 @@ def load_tokenizer(name: str) -> Any:
             raise UserError(f"data.tokenizer={name}: {folder} holds no tokenizer; reinstall the package")
         place = str(found[0].parent)
         arguments = {"gguf_file": found[0].name} if ggufs else {}
-    elif Path(name).exists() and not Path(name).is_dir():
+    elif Path(place).exists() and not Path(place).is_dir():
         raise UserError(f"data.tokenizer={name}: expected a folder with tokenizer files, not a file")
     try:
         return AutoTokenizer.from_pretrained(place, **arguments)

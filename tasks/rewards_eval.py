@@ -70,7 +70,11 @@ def score_responses(
         model: takes fields of a `PreferenceBatch` by name, flattened as in `RewardsTask`; its device is used.
         schema: what it was trained with: tokenizer, vocab_size, max_length, prompt_length, padding, tasks.
         table: columns item, prompt, response, and `task` for the oracle's route.
+        route: `predicted` leaves the choice of the task to the model, `oracle` takes the table's.
         batch_size: pairs at a time.
+
+    Raises:
+        UserError: `oracle`, and a row's task is not one of the model's.
     """
     left, right = _pairs(table)
     prompts, texts = table["prompt"].to_list(), table["response"].to_list()
@@ -79,13 +83,14 @@ def score_responses(
     left, right = [left[i] for i in order], [right[i] for i in order]
     store, pad = _encode(schema, table, left, right, route)
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    inputs = set(signature(model.forward).parameters)
+    inputs, forced = set(signature(model.forward).parameters), route == "oracle"
     rewards, logits = torch.zeros(len(texts)), torch.zeros(len(texts), 0)
     for start in range(0, len(left), batch_size):
         rows = torch.arange(start, min(start + batch_size, len(left)))
         batch = store.batch(rows, pad, schema.get("padding") == "left")
         given = batch._asdict() | {name: getattr(batch, name).flatten(0, 1) for name in ("tokens", "mask", "length")}
-        given = {name: value.to(device) for name, value in given.items() if name in inputs}
+        given = {name: value.to(device) for name, value in given.items()} | ({"route": route} if forced else {})
+        given = {name: value for name, value in given.items() if name in inputs}
         with torch.inference_mode():
             output = model(**given)
         at = torch.tensor([left[start : start + len(rows)], right[start : start + len(rows)]]).T.flatten()
@@ -170,6 +175,13 @@ def _tasks(schema: Mapping[str, Any], table: pl.DataFrame) -> Tensor:
 def _encode(
     schema: Mapping[str, Any], table: pl.DataFrame, left: list[int], right: list[int], route: Route
 ) -> tuple[Encoded, int]:
+    task = _tasks(schema, table)
+    if route == "oracle" and bool((task < 0).any()):
+        name = table["task"][int((task < 0).int().argmax())]
+        raise UserError(
+            f"--route oracle: task '{name}' in the files is none of the model's "
+            f"({', '.join(known['name'] for known in schema['tasks'])}); use --route predicted"
+        )
     tokenizer = make_tokenizer(str(schema["tokenizer"]), int(schema["vocab_size"]))
     prompts, texts = table["prompt"].to_list(), table["response"].to_list()
     longest = int(schema["max_length"])
@@ -183,7 +195,7 @@ def _encode(
     unknown = torch.full((len(left),), -1)
     store = Encoded(
         *encoded,
-        task=_tasks(schema, table)[torch.tensor(left)] if route == "oracle" else unknown,
+        task=task[torch.tensor(left)] if route == "oracle" else unknown,
         capability=unknown,
         margin=torch.zeros(len(left)),
         length=torch.tensor([[len(texts[i]), len(texts[j])] for i, j in zip(left, right, strict=True)]),

@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 import torch
 from moezoo.cli import main
+from moezoo.datasets.rewards import RewardsData
 from moezoo.datasets.rewards_benchmarks import read_benchmark
 from moezoo.datasets.rewards_tokens import make_tokenizer
 from moezoo.errors import UserError
@@ -18,7 +19,11 @@ from moezoo.tasks.rewards_benchmarks import (
     ties_score,
 )
 from moezoo.tasks.rewards_eval import Scored, read_scored, report, score_responses
+from moezoo.zoo.baselines.rewards_linear import LengthRule
+from moezoo.zoo.dmoerm import DMoERM
 from torch import nn
+
+GENERATED = {"pairs_per_task": 20, "capability_pairs": 4, "eval_pairs": 12, "pools_per_task": 1, "candidates": 2}
 
 
 def write(folder, rows, name="bench.jsonl"):
@@ -245,6 +250,45 @@ def test_the_command_scores_rewards_of_any_model(tmp_path, capsys):
     assert saved["scores"]["scores"]["pair_accuracy"] == 0.75 and saved["length_rule"]["scores"]["pair_accuracy"] == 1.0
     assert saved["scores"]["length"]["length_accuracy"] == 1.0 and saved["files"] == [path]
     assert read_scored(again, table).reward.tolist() == table["reward"].to_list()
+
+
+def test_the_command_scores_with_a_trained_models_weights(tmp_path, capsys):
+    """Files of the test's pairs give what the task computes on the datamodule's batches, by either route."""
+    data = RewardsData(files=GENERATED)
+    data.setup("test")
+    rows = data.rows[data.part("test").tolist()].filter(pl.col("pool").is_null())
+    rows.select("id", "task", "prompt", "chosen", "rejected").write_ndjson(tmp_path / "pairs.jsonl")
+    torch.manual_seed(0)
+    options = {"width": 16, "layers": 1, "heads": 2}
+    model = DMoERM(data.schema, backbone_options=options, rank=2, task_base="shared").eval()
+    model.save_pretrained(tmp_path / "weights")
+    expected = {}
+    for route in ("predicted", "oracle"):
+        batch = data.encoded.batch(data.part("test")[: len(rows)], data.text.pad)
+        with torch.no_grad():
+            output = model(batch.tokens.flatten(0, 1), batch.mask.flatten(0, 1), batch.prompt_tokens,
+                           batch.prompt_mask, batch.task, route=route)  # fmt: skip
+        expected[route] = output.reward
+        words = ["rewards", "eval", str(tmp_path / "pairs.jsonl"), "--weights", str(tmp_path / "weights"), "--device"]
+        out = tmp_path / f"{route}.parquet"
+        assert main([*words, "cpu", "--route", route, "--scores", str(out), "--batch_size", "7"]) == 0
+        got = pl.read_parquet(out)["reward"].to_torch()
+        torch.testing.assert_close(got, expected[route], atol=1e-5, rtol=1e-5)
+    assert "router: accuracy" in capsys.readouterr().out
+    assert not torch.allclose(expected["predicted"], expected["oracle"])
+    rows.with_columns(task=pl.lit("law")).write_ndjson(tmp_path / "pairs.jsonl")
+    assert main([*words, "cpu", "--route", "oracle"]) == 2
+    assert "--route oracle: task 'law' in the files is none of the model's (roleplay" in capsys.readouterr().err
+
+
+def test_the_length_rule_is_its_own_rival(tmp_path, capsys):
+    LengthRule(SCHEMA).save_pretrained(tmp_path / "weights")
+    path = write(tmp_path, [{"prompt": "p", "chosen": "a" * (5 - k), "rejected": "bbb"} for k in range(4)])
+    out = tmp_path / "out.json"
+    assert main(["rewards", "eval", path, "--weights", str(tmp_path / "weights"), "--output", str(out)]) == 0
+    saved = json.loads(out.read_text())
+    assert saved["scores"]["scores"] == saved["length_rule"]["scores"] and saved["router"] is None
+    assert saved["scores"]["scores"]["pair_accuracy"] == pytest.approx((1 + 1 + 0.5 + 0) / 4)
 
 
 @pytest.mark.parametrize(
