@@ -56,7 +56,8 @@ class Experts(nn.Module, ABC):
         """Every expert on rows of its own, as many for each."""
         expert = torch.arange(self.num_experts, device=x.device).repeat_interleave(x.shape[1])
         y: Tensor = self(x.flatten(0, 1), make_plan(expert[:, None], self.num_experts, dropless=True))
-        return y.unflatten(0, x.shape[:2])
+        out: Tensor = y.unflatten(0, x.shape[:2])
+        return out
 
     def gather(
         self, x: Float[Tensor, "tokens *dims"], weights: Float[Tensor, "tokens k"], indices: Int[Tensor, "tokens k"]

@@ -84,7 +84,7 @@ class SoftMoE(nn.Module):
         """Slot s of every sequence through expert `s // slots`."""
         batch, experts = inputs.shape[0], self.experts.num_experts
         own = inputs.unflatten(1, (experts, self.slots)).transpose(0, 1).flatten(1, 2)
-        y = self.experts.batched(own).unflatten(1, (batch, self.slots))
+        y: Tensor = self.experts.batched(own).unflatten(1, (batch, self.slots))
         return y.transpose(0, 1).flatten(1, 2)
 
     def _record(self, logits: Tensor, out_of: Tensor, mask: Tensor | None) -> Routing:
