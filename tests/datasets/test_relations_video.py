@@ -118,13 +118,13 @@ def bad(tmp_path, kind):
         return path
     with Writer(path, 160, 120, 25.0) as writer:
         rng = np.random.default_rng(0)
-        for _ in range(60):
+        for _ in range(30):
             writer.add(rng.integers(0, 255, (120, 160, 3), dtype=np.uint8))
     data = bytearray(path.read_bytes())
     if kind == "cut":
         path.write_bytes(data[: len(data) * 3 // 5])
     if kind == "damaged":
-        data[len(data) // 2 : len(data) // 2 + 9000] = bytes(9000)
+        data[len(data) // 2 : len(data) // 2 + 5000] = bytes(5000)
         path.write_bytes(data)
     return path
 
