@@ -18,7 +18,8 @@ Policy = Callable[[Observation], Tensor]  # actions in [-1, 1], [batch, action]
 
 @dataclass
 class Episode:
-    """One episode: undiscounted return and length (agent steps), whether it was a success (None: no such notion).
+    """One episode: undiscounted return and length (agent steps), whether it was a success (None: no such notion),
+    whether any of its actions was uniformly random.
 
     When recorded, `frames` holds the newest image before each step and after the last, `actions` and `rewards` the
     steps.
@@ -28,6 +29,7 @@ class Episode:
     episode_return: float = 0.0
     length: int = 0
     success: bool | None = None
+    random: bool = False
     frames: list[np.ndarray] = field(default_factory=list)
     actions: list[np.ndarray] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
@@ -81,7 +83,8 @@ class Collector:
         if not ended:
             return None
         success = None if self.success_after is None else self._successes >= self.success_after
-        episode = Episode(self.seed + self.finished, self._return, len(self.taken), success)
+        random = self.frame - len(self.taken) * self.action_repeat < self.seed_frames
+        episode = Episode(self.seed + self.finished, self._return, len(self.taken), success, random)
         self.finished += 1
         self._begun = False
         return episode

@@ -181,7 +181,7 @@ class ControlTask(BaseTask):
     def on_test_epoch_end(self) -> None:
         episodes, self.played = self.played, []
         self.shown = [episode for episode in episodes if episode.actions]
-        self.result = summarise(episodes)
+        self.result = summarise(episodes, self.curve, self.schema.get("frames"))
         self.log_dict({f"test/{name}": value for name, value in self.result.metrics.items()})
 
     def predict_step(self, batch: Episodes, batch_idx: int) -> pl.DataFrame:
@@ -226,6 +226,8 @@ class ControlTask(BaseTask):
         checkpoint["control"] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is not None and not self._fitting:  # weights to be tested: what was learned when stays
+            return
         state = checkpoint["control"]
         self.updates, self._hours, self.curve = state["updates"], state["hours"], list(state["curve"])
         self._resumed = state
@@ -256,18 +258,28 @@ def success_rate(episodes: Sequence[Episode]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def summarise(episodes: Sequence[Episode]) -> TestResult:
-    """Mean and middle half of the returns, success rate, and every episode's return."""
+def summarise(
+    episodes: Sequence[Episode], curve: Sequence[dict[str, Any]] = (), frames: int | None = None
+) -> TestResult:
+    """Mean and least return, success rate, how the run went, and every episode's return.
+
+    `return_at_25`, `50`, `75` are mean returns of the last validation within that percentage of the budget, `frames`:
+    how many frames a recipe needs.
+    """
     returns = torch.tensor([episode.episode_return for episode in episodes], dtype=torch.float64)
     n = len(episodes)
-    metrics = {"episode_return": float(returns.mean()), "episode_length": sum(e.length for e in episodes) / n}
-    metrics |= {"return_worst": float(returns.min())}
-    info = {"episode_return": MetricInfo("max", "return", n), "episode_length": MetricInfo("max", "steps", n)}
-    info |= {"return_worst": MetricInfo("max", "return", n)}
+    metrics = {"episode_return": float(returns.mean()), "return_worst": float(returns.min())}
+    metrics["episode_length"] = sum(episode.length for episode in episodes) / n
     units = {"unit": [episode.seed for episode in episodes], "episode_return": returns.tolist()}
     if (rate := success_rate(episodes)) is not None:
-        metrics["success_rate"], info["success_rate"] = rate, MetricInfo("max", "", n)
+        metrics["success_rate"] = rate
         units["success_rate"] = [float(bool(episode.success)) for episode in episodes]
+    for percent in (25, 50, 75) if frames else ():
+        within = [row["episode_reward"] for row in curve if row["frame"] * 100 <= percent * (frames or 0)]
+        if within:
+            metrics[f"return_at_{percent}"] = within[-1]
+    unit = {"episode_length": "steps", "success_rate": ""}
+    info = {name: MetricInfo("max", unit.get(name, "return"), n) for name in metrics}
     return TestResult(metrics, info, pl.DataFrame(units))
 
 

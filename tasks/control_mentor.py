@@ -8,7 +8,7 @@
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -69,6 +69,7 @@ class MentorTask(ControlTask):
         top_agents: N, how many of the best agents are remembered.
         tau: share of the critics that goes into their targets at each update.
         actor_clip: norm that the actor's gradient is clipped to (the released code: 0.001); default: no bound.
+        compiled: compile the networks, for large ones on a GPU.
         schema: the data's schema, linked by the command line.
 
     Raises:
@@ -103,6 +104,7 @@ class MentorTask(ControlTask):
         top_agents: int = 10,
         tau: float = 0.01,
         actor_clip: float | None = None,
+        compiled: bool = False,
         schema: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(model, optimizer, lr_scheduler, agent, schema)
@@ -126,6 +128,8 @@ class MentorTask(ControlTask):
         self.register_buffer("beta", torch.ones(()))
         self.register_buffer("awake_at", torch.full((), -1.0))  # frame, -1 before
         self.alpha = 1.0  # of the last perturbation
+        self.compiled = compiled
+        self.activations: Callable[..., list[Tensor]] = model.actor.activations
         self.top = TopAgents(top_agents, len(flatten(self._perturbed()))) if perturbation == "task" else None
 
     def parts(self) -> dict[str, nn.Module]:
@@ -134,6 +138,17 @@ class MentorTask(ControlTask):
         if self.exploit > 0 and self.model.value is not None:
             parts["value"] = self.model.value
         return parts
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.compiled:
+            self.compile_parts()
+
+    def compile_parts(self) -> None:
+        """Compile every network in place; names of weights stay."""
+        for part in (*self.model.children(), self.target):
+            part.compile()
+        self.activations = torch.compile(self.model.actor.activations)
 
     @torch.no_grad()
     def explore(self, observation: Observation) -> Float[Tensor, "batch action"]:
@@ -162,7 +177,7 @@ class MentorTask(ControlTask):
         seen = features.detach()
         with torch.no_grad():
             later = self.model.encoder(self._augmented(batch.next_observation))
-            self.beta.copy_(dormant_ratio(self.model.actor.activations(seen, state)))
+            self.beta.copy_(dormant_ratio(self.activations(seen, state)))
             if self.noise == "awake":
                 first = (self.awake_at < 0) & (self.beta < self.beta_target)
                 self.awake_at.copy_(torch.where(first, float(self.data.frame), self.awake_at))
@@ -247,8 +262,8 @@ class MentorTask(ControlTask):
     # Perturbation.
 
     def episode_ended(self, episode: Episode) -> None:
-        """Remember the agent that played it, if it is among the best."""
-        if self.top is not None:
+        """Remember the agent that played it, if it is among the best; random actions say nothing of an agent."""
+        if self.top is not None and not episode.random:
             self.top.push(episode.episode_return, flatten(self._perturbed()))
 
     def perturb(self, alpha: Tensor | float | None = None) -> bool:

@@ -230,6 +230,7 @@ def test_the_collector_counts_frames_and_returns():
     stored = playing.replay.records[:10, -2].sum()
     assert float(stored) == pytest.approx(0.5 * ended[0].episode_return, rel=1e-5), "only learning sees the scale"
     assert len({e.episode_return for e in ended}) == 3
+    assert [e.random for e in ended] == [True, False, False], "frames 0 to 12 had random actions"
 
 
 @pytest.mark.parametrize("with_replay", [True, False])
