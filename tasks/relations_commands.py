@@ -1,4 +1,4 @@
-"""`moezoo relations eval` and `video`. Nothing heavy is imported before a command runs."""
+"""`moezoo relations eval`, `associate`, `shapes` and `video`. Nothing heavy is imported before a command runs."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ..errors import UserError
+from .relations_files_verbs import add_files
 from .relations_video_verb import add_video
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--threshold", type=float, default=0.5, help="of vIoU (default: 0.5)")
     command.add_argument("--predicates", action="store_true", help="also print the AP of each predicate")
     command.add_argument("--json", type=Path, metavar="FILE", help="write all scores, of each video and predicate too")
+    add_files(verbs)
     add_video(verbs)
     return parser
 

@@ -8,12 +8,12 @@ import pytest
 import pytorch_lightning as lightning
 import torch
 import torch.nn.functional as F
+from moezoo.cli import main
 from moezoo.datasets.relations import RelationsData
-from moezoo.datasets.relations_table import RelationSet
+from moezoo.datasets.relations_formats import read_relations
 from moezoo.errors import UserError
 from moezoo.leaderboard.results import check_units
 from moezoo.tasks.relations import RelationsTask, class_loss, expert_usage, predicate_loss
-from moezoo.tasks.relations_association import Tracklet, WindowRelation, associate
 from moezoo.tasks.relations_eval import evaluate
 from moezoo.zoo.baselines.relations import FrequencyPrior, RelationExpert
 from moezoo.zoo.moevrd import MoEVRD
@@ -112,7 +112,7 @@ def test_the_model_is_shown_no_label_in_a_test(trained, data):
     assert len(data.windows("test").first) == sum(len(some) for s in data.scenes("test") for some in s.windows)
 
 
-def test_predictions_are_a_table_from_which_relations_follow(trained, data):
+def test_predictions_are_a_table_from_which_relations_follow(trained, data, tmp_path, capsys):
     parts = make_trainer().predict(trained, datamodule=data)
     table = data.decode(pl.concat(parts))
     assert set(table["video"]) <= {clip.name for clip in data.clips("test")}
@@ -120,21 +120,32 @@ def test_predictions_are_a_table_from_which_relations_follow(trained, data):
     assert set(table["predicate"]) <= set(data.schema["predicates"])
     gates = table.select(pl.sum_horizontal("gate_0", "gate_1", "gate_2"))
     np.testing.assert_allclose(gates.to_numpy(), 1, atol=1e-5)
-    videos = {clip.name: [] for clip in data.clips("test")}
-    for (video,), rows in table.group_by("video", maintain_order=True):
-        tracklets = {}
-
-        def tracklet(begin, boxes, tracklets=tracklets):
-            return tracklets.setdefault((begin, tuple(boxes)), Tracklet(begin, np.array(boxes).reshape(-1, 4)))
-
-        windows = {}
-        for r in rows.iter_rows(named=True):
-            sides = [tracklet(r[f"{side}_begin"], r[f"{side}_boxes"]) for side in ("subject", "object")]
-            relation = WindowRelation((r["subject"], r["predicate"], r["object"]), r["score"], *sides)
-            windows.setdefault(r["begin"], []).append(relation)
-        videos[video] = associate([windows[begin] for begin in sorted(windows)])
-    scores = evaluate(data.truth("test"), RelationSet(videos))
+    table.write_parquet(tmp_path / "p.parquet")
+    assert main(["relations", "associate", str(tmp_path / "p.parquet"), str(tmp_path / "p.json")]) == 0
+    scores = evaluate(data.truth("test"), read_relations(tmp_path / "p.json"))
     assert scores.metrics["map"] == pytest.approx(trained.result.metrics["map"], abs=1e-9)
+    table.drop("subject_boxes").write_parquet(tmp_path / "q.parquet")
+    for words, message in (
+        (["q.parquet", "q.json"], "q.parquet: no column 'subject_boxes'"),
+        (["none.parquet", "q.json"], "not readable as Parquet"),
+        (["p.parquet", "none/q.json"], "no folder"),
+    ):
+        assert main(["relations", "associate", *(str(tmp_path / word) for word in words)]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "q.json").exists()
+
+
+def test_generated_annotations_are_written_in_the_fields_form(data, tmp_path, capsys):
+    folder = tmp_path / "shapes"
+    words = ["relations", "shapes", str(folder), "--train", "3", "--valid", "1", "--test", "2"]
+    assert main(words) == 0
+    files = {name: str(folder / name) for name in ("train", "valid", "test")}
+    files |= {name: str(folder / f"{name}.txt") for name in ("objects", "predicates")}
+    own = RelationsData("vidvrd", files, features="geom")
+    assert [len(own.clips(split)) for split in ("train", "valid", "test")] == [3, 1, 2]
+    assert own.schema["objects"] == data.schema["objects"]
+    assert [c.triplets for c in own.clips("test")] == [c.triplets for c in data.clips("test")[:2]]
+    assert main(words) == 2 and "give a new folder" in capsys.readouterr().err
 
 
 def test_pictures_are_drawn(trained, tmp_path):
