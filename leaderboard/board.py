@@ -11,6 +11,7 @@ import polars as pl
 from .. import recipes as recipe_files
 from ..errors import UserError
 from ..recipes import RecipeInfo
+from .aggregate import iqm, stratified_bootstrap
 from .results import Goal, Result, load_results, units_path
 from .statistics import MeanInterval, PairedTest, mean_interval, paired_bootstrap
 
@@ -167,10 +168,17 @@ def _row(recipe: Recipe, results: Sequence[Result]) -> Row:
     chosen = recipe.present_hash if recipe.present_hash in hashes else newest
     cells = sorted((r for r in results if r.recipe_hash == chosen), key=lambda result: result.seed)
     names = dict.fromkeys(name for cell in cells for name in cell.metrics)
-    metrics = {
-        name: mean_interval(np.array([cell.metrics[name] for cell in cells if name in cell.metrics])) for name in names
-    }
+    summary = iqm_interval if recipe.name.startswith("control/") else mean_interval
+    metrics = {name: summary(np.array([c.metrics[name] for c in cells if name in c.metrics])) for name in names}
     return Row(recipe, cells, len(results) - len(cells), metrics, None, [])
+
+
+def iqm_interval(values: np.ndarray) -> MeanInterval:
+    """Interquartile mean over seeds and its bootstrap interval, as is usual in reinforcement learning."""
+    if len(values) < 2:
+        return mean_interval(values)
+    found = stratified_bootstrap(values[:, None], iqm, np.random.default_rng(BOOTSTRAP_SEED))
+    return MeanInterval(found.value, found.low, found.high, len(values))
 
 
 def _columns(cells: Sequence[Result]) -> dict[str, Column]:

@@ -1,4 +1,4 @@
-"""`moezoo leaderboard run` and `moezoo leaderboard report`. Nothing heavy is imported before a command runs."""
+"""`moezoo leaderboard run`, `report` and `curves`. Nothing heavy is imported before a command runs."""
 
 import argparse
 import sys
@@ -56,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _add_commands(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(metavar="{run,report}", required=True)
+    commands = parser.add_subparsers(metavar="{run,report,curves}", required=True)
     run = commands.add_parser(
         "run",
         help="train and test the cells whose result is missing",
@@ -80,6 +80,19 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
     report.add_argument("--results", type=Path, help=f"the store (default: {RESULTS}, else the shipped results)")
     report.add_argument("--output", type=Path, default=SITE, help=f"folder to write (default: {SITE})")
     report.set_defaults(execute=_report, extra=[])
+    curves = commands.add_parser(
+        "curves",
+        help="draw learning curves of control, ours and published ones",
+        description="Interquartile mean over environment frames of the runs in `eval.csv` files, or in CSV files of "
+        "DrQ-v2's layout (agent, task, seed, frame, episode_reward), with a 95 %% stratified bootstrap band.",
+        allow_abbrev=False,
+    )
+    curves.add_argument("files", nargs="+", type=Path, metavar="CSV", help="e.g. runs/control/*/s*/eval.csv")
+    curves.add_argument("--output", type=Path, default=Path("curves.png"), help="PNG file (default: curves.png)")
+    curves.add_argument("--metric", choices=("episode_reward", "success_rate"), default="episode_reward")
+    curves.add_argument("--scale", type=float, default=1.0, help="divide scores by it (default: 1)")
+    curves.add_argument("--tasks", nargs="+", default=[], help="only these tasks")
+    curves.set_defaults(execute=_curves, extra=[])
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -103,6 +116,15 @@ def _report(arguments: argparse.Namespace) -> int:
 
     shipped = Path(__file__).parent / "results"
     for path in write_report(arguments.results or (RESULTS if RESULTS.is_dir() else shipped), arguments.output):
+        print(path)
+    return 0
+
+
+def _curves(arguments: argparse.Namespace) -> int:
+    from .curves import write_curves
+
+    given = (arguments.files, arguments.output, arguments.metric, arguments.scale, arguments.tasks)
+    for path in write_curves(*given):
         print(path)
     return 0
 

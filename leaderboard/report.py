@@ -107,9 +107,12 @@ def number(value: float, signed: bool = False) -> str:
 
 
 def interval(value: MeanInterval) -> str:
-    """`0.7712 ± 0.0031`, or the mean alone for a single seed."""
-    if value.high is None:
+    """`0.7712 ± 0.0031`, `0.7712 [0.7701, 0.7730]` where the sides differ, or the mean alone for a single seed."""
+    if value.high is None or value.low is None:
         return number(value.mean)
+    above, below = value.high - value.mean, value.mean - value.low
+    if abs(above - below) > 1e-9 * max(abs(value.mean), abs(value.high), abs(value.low)):
+        return f"{number(value.mean)} [{number(value.low)}, {number(value.high)}]"
     return f"{number(value.mean)} ± {number(value.high - value.mean)}"
 
 

@@ -1,4 +1,4 @@
-"""`moezoo bench core` and `moezoo bench robustness`. Nothing heavy is imported before a command runs."""
+"""`moezoo bench core`, `robustness` and `control`. Nothing heavy is imported before a command runs."""
 
 import argparse
 import sys
@@ -46,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="moezoo bench", allow_abbrev=False)
-    commands = parser.add_subparsers(metavar="core|robustness", required=True)
+    commands = parser.add_subparsers(metavar="core|robustness|control", required=True)
     core = commands.add_parser(
         "core",
         help="the MoE layer against peers and the floor",
@@ -79,7 +79,33 @@ def _parser() -> argparse.ArgumentParser:
     robustness.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     robustness.add_argument("--output", type=Path, metavar="FILE", help="JSON file to keep every sample in")
     robustness.set_defaults(run=_robustness)
+    control = commands.add_parser(
+        "control",
+        help="an update of MENTOR at the paper's size, and its experts against a loop",
+        description="Time one update of MENTOR (84x84 images, 16 experts, 4 used), eager and on a GPU compiled, and "
+        "its mixture against a loop over 16 modules. CPU time (events on a GPU); brackets hold the 95 %% bootstrap "
+        "interval over rounds.",
+        allow_abbrev=False,
+    )
+    control.add_argument("--rounds", type=int, default=10, help="interleaved rounds (default: 10)")
+    control.add_argument("--batch", type=int, default=256, help="transitions of an update (default: 256)")
+    control.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    control.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    control.add_argument("--output", type=Path, metavar="FILE", help="JSON file to keep every sample in")
+    control.set_defaults(run=_control)
     return parser
+
+
+def _control(arguments: argparse.Namespace) -> int:
+    if min(arguments.rounds, arguments.batch, arguments.threads) < 1:
+        given = f"--rounds {arguments.rounds} --batch {arguments.batch} --threads {arguments.threads}"
+        raise UserError(f"{given}: all must be at least 1")
+    from . import control
+    from .run import check_device
+
+    check_device(arguments.device)
+    control.run(arguments.rounds, arguments.batch, arguments.device, arguments.threads, arguments.output)
+    return 0
 
 
 def _robustness(arguments: argparse.Namespace) -> int:
