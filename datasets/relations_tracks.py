@@ -17,6 +17,7 @@ from .relations_windows import WINDOW
 
 _MOT = {1: "person", 2: "person", 3: "car", 4: "bicycle", 5: "motorcycle", 6: "vehicle", 7: "person"}  # MOT16, table 2
 _MOT_IGNORED = range(8, 14)  # distractors, occluders, reflections, crowds
+_FRAMES_OFF = 0.02  # share by which programs count the frames of one video differently
 _WITH_CLASS = 9  # columns: MOT16 and later; the files of 2015 have 10, the last three of them metres
 
 
@@ -87,7 +88,11 @@ def _of_json(path: Path, video: Video) -> dict[int, Track]:
     if all(sizes[0]) and sizes[0] != sizes[1]:
         raise UserError(
             f"{path}: tracks of a video of {clip.width}x{clip.height} pixels, {video.path} has "
-            f"{video.width}x{video.height}; expected tracks of the same video"
+            f"{video.width}x{video.height}; expected the tracks of that video"
+        )
+    if abs(clip.frames - video.stored) > max(_FRAMES_OFF * video.stored, 2):
+        raise UserError(
+            f"{path}: tracks of {clip.frames} frames, {video.path} has {video.stored}; expected that video's tracks"
         )
     return {tid: track for tid, track in clip.tracks.items() if len(track.boxes)}
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float64, Int64, UInt8
 
 from ..errors import UserError
+from .relations_progress import progress
 
 Picture = UInt8[np.ndarray, "height width 3"]
 
@@ -75,7 +76,7 @@ def open_video(path: Path | str, fps: float | None = None) -> Video:
     if fps is not None and not 0.1 <= fps <= 1000:
         raise UserError(f"--fps {fps:g}: expected frames a second, from 0.1 to 1000")
     times, damaged, first, end = list[float | None](), 0, None, 0.0
-    for frame in _decoded(path):
+    for frame in progress(_decoded(path), None, "checking the video"):
         first = first or frame
         times.append(frame.time)
         damaged += bool(frame.is_corrupt)

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..datasets.relations_progress import progress
 from ..datasets.relations_table import Clip, Instance, Track
 from ..datasets.relations_video import Picture, Video, Writer
 from .relations_geometry import RULES
-from .relations_progress import progress
 
 PALETTE = (
-    "#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#c71585", "#808000", "#0f7ea8",
+    "#d6123f", "#2a8a3a", "#4363d8", "#c2570c", "#911eb4", "#008080", "#8a5a20", "#c71585", "#6f6f00", "#0f7ea8",
 )  # fmt: skip
 _CONVERSE = {"left": "right", "right": "left", "above": "beneath", "beneath": "above",
              "next_to": "next_to", "move_with": "move_with"}  # fmt: skip

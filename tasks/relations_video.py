@@ -5,7 +5,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import polars as pl
 import torch
 
 from ..datasets.relations_formats import clip_as_json, write_predictions
+from ..datasets.relations_progress import progress
 from ..datasets.relations_table import Clip, Track
 from ..datasets.relations_tracks import Detections, read_tracks
 from ..datasets.relations_video import Video, open_video
@@ -22,11 +23,11 @@ from ..zoo.base import ZooModel
 from ..zoo.detectors import Detector
 from .relations_answers import Answer, answer, fitness
 from .relations_association import filled
-from .relations_overlay import write_overlay
-from .relations_progress import progress
+from .relations_overlay import rank, write_overlay
 from .relations_report import write_report
 from .relations_tracking import track_detections
 
+_JSON_ROWS = 1_000_000  # pairs of boxes in relations.json, about 60 MB
 FILES = ("overlay.mp4", "relations.csv", "relations.json", "relations.parquet", "report.html", "tracks.json")
 
 
@@ -83,7 +84,7 @@ def run(request: Request) -> Outcome:
     if request.weights is None:
         model, name, why = _shipped(seen)
     found = answer(seen, model, name, why)
-    clip = Clip(seen.name, seen.frames, seen.width, seen.height, seen.fps, tracks, found.instances)
+    clip = replace(seen, instances=found.instances)
     with _new_folder(request.output, request.overwrite) as folder:
         _write_tables(folder, clip, found)
         stills = write_overlay(video, clip, folder / "overlay.mp4")
@@ -187,16 +188,30 @@ def _shipped(clip: Clip) -> tuple[ZooModel | None, str, str]:
         if fits:
             return model, name, ""
         reasons.append(why)
-    return None, "", "; ".join(reasons) or "no trained relation model is shipped, and no --weights was given"
+    return None, "", next((why for why in reasons if "knows" in why), "no trained model for videos is shipped")
 
 
 def _write_tables(folder: Path, clip: Clip, found: Answer) -> None:
-    relations = [r._replace(subject=filled(r.subject), object=filled(r.object)) for r in clip.relations()]
+    relations = [
+        r._replace(subject=filled(r.subject).round(2), object=filled(r.object).round(2))
+        for r in _within(clip).relations()
+    ]
     write_predictions(folder / "relations.json", {clip.name: relations})
     table = relations_table(clip, found.source)
     table.write_parquet(folder / "relations.parquet")
     table.write_csv(folder / "relations.csv")
     (folder / "tracks.json").write_text(json.dumps(clip_as_json(clip), allow_nan=False), encoding="utf-8")
+
+
+def _within(clip: Clip) -> Clip:
+    """The clip with the relations that a JSON of boxes can hold: long videos have more than a text file should."""
+    kept, rows = set(), 0
+    for i in sorted(clip.instances, key=lambda i: (rank(i.predicate), -i.score)):
+        rows += i.end - i.begin
+        if rows > _JSON_ROWS:
+            break
+        kept.add(i)
+    return replace(clip, instances=[i for i in clip.instances if i in kept])
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:

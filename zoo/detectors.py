@@ -4,10 +4,11 @@ Two forms of weights are read: `.safetensors`, and the `.pth` files that torchvi
 it is accepted only if its SHA-256 is the one in torchvision's file name, and read with `weights_only=True`.
 """
 
-import urllib.error
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fsspec
 import numpy as np
 import torch
 from filelock import FileLock
@@ -18,7 +19,7 @@ from torch import nn
 
 from .. import settings
 from ..errors import UserError
-from .transfer import sha256_of
+from .transfer import byte_bar, sha256_of
 
 DETECTORS = (
     "ssdlite320_mobilenet_v3_large",
@@ -41,8 +42,8 @@ class Detector:
 
     Args:
         name: one of `DETECTORS`.
-        weights: a file or folder, a URL (https or file), or None: the cache, else `MOEZOO_WEIGHTS/detectors/`, else
-            torchvision's own address.
+        weights: a file or folder, a URL (any of fsspec's), or None: the cache, else `MOEZOO_WEIGHTS/detectors/`,
+            else torchvision's own address.
         device: where it runs.
 
     Raises:
@@ -93,33 +94,54 @@ def find_weights(name: str, url: str, given: str | None = None) -> Path:
                 return path / candidate
         what = f"no {' or '.join(names)} in it" if path.is_dir() else "no such file or folder"
         raise UserError(f"--detector-weights {path}: {what}; expected the file that {url} gives, or a safetensors file")
-    folder = settings.cache_dir() / "detectors"
-    if given is None:
-        store = settings.weights_url()
-        given = url if store is None or "://" not in store else f"{store.rstrip('/')}/detectors/{file}"
-    target = folder / given.rpartition("/")[2]
+    if given is not None:
+        return _cached([given], url)
+    store = settings.weights_url()
+    local = [] if store is None else [store if "://" in store else Path(store).expanduser().absolute().as_uri()]
+    return _cached([*(f"{base.rstrip('/')}/detectors/{file}" for base in local), url], url)
+
+
+def _cached(sources: Sequence[str], url: str) -> Path:
+    """The file in the cache, else from the first source that has it."""
+    target = settings.cache_dir() / "detectors" / sources[0].rpartition("/")[2]
+    problems = []
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target.parent}: not writable ({error}); set MOEZOO_CACHE to a folder of yours") from error
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        for source in () if target.is_file() else sources:
+            try:
+                _download(source, target, _checksum(url) if target.suffix == ".pth" else "")
+                break
+            except UserError:
+                raise
+            except Exception as error:  # every filesystem has its own errors
+                problems.append(f"{source} ({' '.join(f'{type(error).__name__}: {error}'.split())[:160]})")
     if not target.is_file():
-        _download(given, target, _checksum(url))
+        raise UserError(
+            f"no detector weights from {'; '.join(problems)}; bring {target.name} here and give --detector-weights "
+            f"FILE, or give --tracks FILE, which needs no detector"
+        )
     return target
 
 
-def _download(url: str, target: Path, checksum: str) -> None:
-    """One process at a time; the file appears when it is whole and, if it is a `.pth`, has the right sum."""
-    if not url.startswith(("https://", "http://", "file://")):
-        raise UserError(f"--detector-weights {url}: expected https:// or file://, or a local file")
+def _download(source: str, target: Path, checksum: str) -> None:
+    """The file appears when it is whole and its SHA-256 begins as it should."""
+    part = target.with_name(f"{target.name}.part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_name(f".{target.name}.lock")):
-            if not target.is_file():
-                prefix = checksum if target.suffix == ".pth" else None
-                torch.hub.download_url_to_file(url, str(target), hash_prefix=prefix)
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise UserError(
-            f"{url}: no detector weights from there ({' '.join(str(error).split())}); bring the file here and give "
-            f"--detector-weights FILE, or give --tracks FILE, which needs no detector"
-        ) from error
-    except RuntimeError as error:  # torch's word for a wrong sum
-        raise UserError(f"{url}: {' '.join(str(error).split())}; it was not kept, try again") from error
+        with fsspec.open(source, "rb") as remote, part.open("wb") as local:
+            size = getattr(remote, "size", None)
+            with byte_bar(source.rpartition("/")[2], size or 0) as show:
+                while chunk := remote.read(1 << 20):
+                    local.write(chunk)
+                    show(local.tell())
+        got = sha256_of(part)
+        if not got.startswith(checksum):
+            raise UserError(f"{source}: sha256 begins {got[:8]}, expected {checksum}; it was not kept, try again")
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _checksum(url: str) -> str:

@@ -107,7 +107,7 @@ class Remote:
 
     def _fill(self, path: str, part: Path, size: int) -> None:
         failures = 0
-        with _progress(path, size) as show:
+        with byte_bar(path, size) as show:
             while (have := part.stat().st_size if part.exists() else 0) < size or not part.exists():
                 show(have)
                 try:
@@ -196,7 +196,7 @@ def _line(error: Exception) -> str:
 
 
 @contextmanager
-def _progress(label: str, size: int) -> Iterator[Callable[[int], None]]:
+def byte_bar(label: str, size: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr when it is a terminal; yields a function that takes the number of bytes present."""
     if not sys.stderr.isatty():
         yield lambda _: None

@@ -100,5 +100,8 @@ def test_one_line_for_tracks_of_another_video(tmp_path):
     write_clips(tmp_path, [Clip("other", 10, 1280, 720, 25.0, {0: Track("dog", 0, boxes)}, [])])
     with pytest.raises(UserError, match=r"1280x720 pixels, clip\.mp4 has 200x100"):
         read_tracks(tmp_path / "other.json", video())
+    write_clips(tmp_path, [Clip("short", 10, 200, 100, 25.0, {0: Track("dog", 0, boxes)}, [])])
+    with pytest.raises(UserError, match=r"tracks of 10 frames, clip\.mp4 has 40"):
+        read_tracks(tmp_path / "short.json", video())
     with pytest.raises(UserError, match="no such file"):
         read_tracks(tmp_path / "none.txt", video())

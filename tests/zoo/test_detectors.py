@@ -77,8 +77,11 @@ def test_the_store_of_weights_is_asked_first(state, tmp_path, monkeypatch):
     held.parent.mkdir()
     held.write_bytes(b"x")
     monkeypatch.setattr(detectors, "_checksum", lambda url: hashlib.sha256(b"x").hexdigest()[:8])
-    monkeypatch.setenv("MOEZOO_WEIGHTS", tmp_path.as_uri())
+    monkeypatch.setenv("MOEZOO_WEIGHTS", str(tmp_path))
     assert find_weights(NAME, url).read_bytes() == b"x"
+    monkeypatch.setenv("MOEZOO_WEIGHTS", "file:///none/such")
+    held.unlink()
+    assert find_weights(NAME, url).read_bytes() == b"x"  # from the cache
 
 
 @pytest.mark.parametrize(
@@ -86,8 +89,8 @@ def test_the_store_of_weights_is_asked_first(state, tmp_path, monkeypatch):
     [
         ("none.pth", "no such file or folder"),
         (".", "no ssdlite320.*pth or .*in it"),
-        ("s3://bucket/model.pth", "expected https:// or file://"),
-        ("file:///none/such/model.safetensors", "no detector weights from there"),
+        ("none://bucket/model.pth", "no detector weights from none://bucket/model.pth .*Protocol not known"),
+        ("file:///none/such/model.safetensors", "no detector weights from file:///none/such"),
         ("broken.safetensors", "not readable as safetensors"),
         ("other.safetensors", "weights of another model"),
     ],

@@ -7,8 +7,8 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """The items, with a bar if stderr is a terminal."""
+def progress(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:
+    """The items, with a bar if stderr is a terminal; `total` None where nobody knows."""
     if not sys.stderr.isatty():
         yield from items
         return
