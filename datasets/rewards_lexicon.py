@@ -21,10 +21,7 @@ REQUESTS: dict[str, str] = {
     "text": "write essay poem draft letter headline summary rewrite slogan paragraph translate outline",
 }
 
-FILLERS = (
-    "the a of and to in it is that for on with as this at by from or be an not but have you we one all there what so "
-    "if about then up out some into just also only over very more such"
-)
+FILLERS = "the a of and to in it is that for on with as this at by from or be an"
 
 # Capability -> words that show much of it, and words that show its lack, strongest first.
 CAPABILITIES: dict[str, tuple[str, str]] = {
