@@ -70,9 +70,7 @@ class RobustnessTask(BaseTask):
         router_lr: learning rate of the routers; by default a tenth of the experts'.
         router_attack: what the images of the router's turn are crafted against: `joint`, classes and routers;
             `router`, the routers alone, which costs a fraction.
-        misroute: share of the adversarial images that the experts' turn sends to another expert than the router would,
-            so that less is lost when an attack does the same; needs one router for the whole network. Not in the paper.
-        clip: largest norm of each optimiser's gradient; None for none.
+        clip, router_clip: largest norm of the gradient of all but the routers, and of the routers'; null for none.
         schedule: step the scheduler after every `epoch` or `step`.
         val_steps: of PGD on the validation split, whose accuracy chooses the checkpoint.
         test_steps: of PGD in the test, with a step of eps / 4; 50 is usual.
@@ -108,8 +106,8 @@ class RobustnessTask(BaseTask):
         router_beta: float = 6.0,
         router_lr: float | None = None,
         router_attack: Literal["joint", "router"] = "joint",
-        misroute: float = 0.0,
         clip: float | None = None,
+        router_clip: float | None = 1.0,
         schedule: Literal["epoch", "step"] = "epoch",
         val_steps: int = 10,
         test_steps: int = 50,
@@ -122,29 +120,29 @@ class RobustnessTask(BaseTask):
     ) -> None:
         super().__init__(model, optimizer, lr_scheduler)
         self.automatic_optimization = False
-        if min(beta, router_weight, router_beta) < 0 or (clip is not None and clip <= 0):
+        if min(beta, router_weight, router_beta) < 0 or any(
+            most is not None and most <= 0 for most in (clip, router_clip)
+        ):
             raise UserError(
-                f"model: beta={beta}, router_weight={router_weight}, router_beta={router_beta}, clip={clip}: expected "
-                "weights of 0 or more, and clip above 0 or null"
+                f"model: beta={beta}, router_weight={router_weight}, router_beta={router_beta}, clip={clip}, "
+                f"router_clip={router_clip}: expected weights of 0 or more, and clips above 0 or null"
             )
         if train_steps < 1 or min(val_steps, test_steps, route_steps) < 1:
             raise UserError(
                 f"model: train_steps={train_steps}, val_steps={val_steps}, test_steps={test_steps}, "
                 f"route_steps={route_steps}: expected at least 1 of each"
             )
-        if misroute and (not 0 < misroute <= 1 or not isinstance(getattr(model, "network", None), Routed)):
-            raise UserError(f"model.misroute={misroute}: expected a share, and a model with router_scope global")
         size = 1.25 * eps / train_steps if train_step_size is None else train_step_size
         self.train_ball, self.val_ball = Ball(eps, train_steps, size), Ball(eps, val_steps, 2.5 * eps / val_steps)
         self.test_ball, self.route_ball = (
             Ball(eps, test_steps, eps / 4),
             Ball(eps, route_steps, 2.5 * eps / route_steps),
         )
-        self.eps, self.beta, self.clip, self.schedule = eps, beta, clip, schedule
+        self.eps, self.beta, self.clip, self.router_clip, self.schedule = eps, beta, clip, router_clip, schedule
         self.router_weight, self.router_beta, self.router_lr = router_weight, router_beta, router_lr
         self.router_target, self.router_attack = router_target, router_attack
         self.attack_images, self.autoattack, self.channels_last = attack_images, autoattack, channels_last
-        self.curve_images, self.misroute = curve_images, misroute
+        self.curve_images = curve_images
         self.schema = schema or {}
         self.routed = [part for part in model.modules() if isinstance(part, Routed)]
         self.alternate = alternate and bool(self.routed)
@@ -206,25 +204,15 @@ class RobustnessTask(BaseTask):
             self.toggle_optimizer(optimizer)
             for part in self.routed:
                 part.router.eval()
-        clean = self.model(image)
-        attacked = self.model(adversarial, self._misrouted(adversarial)) if self.misroute else self.model(adversarial)
+        clean, attacked = self.model(image), self.model(adversarial)
         kl = divergence(log_probability(clean.logits), log_probability(attacked.logits)).mean()
         ce = cross_entropy(clean.logits, label).mean()
         loss = ce + self.beta * kl + self.record(clean.routing)
-        self._descend(loss, optimizer)
+        self._descend(loss, optimizer, self.clip)
         right = (attacked.logits.detach().argmax(-1) == label).float().mean()
         values = {"train/ce": ce.detach(), "train/kl": kl.detach(), "train/ra": right}
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(label))
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(label))
-
-    def _misrouted(self, image: Tensor) -> Int[Tensor, " batch"]:
-        """The router's expert for each image, a random other one for some."""
-        with torch.no_grad():
-            (logits,) = router_logits(self.model, image).values()
-        generator = self._generator(image, self._step_seed() + 1)
-        draw = torch.rand(len(image), 2, generator=generator, device=image.device)
-        other = (draw[:, 1] * (self.experts - 1)).long() + 1
-        return (logits.argmax(-1) + other * (draw[:, 0] < self.misroute)) % self.experts
 
     def _routers_turn(self, image: Tensor, label: Tensor, optimizer: Any) -> None:
         adversarial = self._craft(image, routers_only=self.router_attack == "router")
@@ -241,22 +229,23 @@ class RobustnessTask(BaseTask):
             ce = torch.as_tensor(routers_cross_entropy(clean, expert)).mean() / len(clean)
             loss = loss + self.router_weight * ce
             self.log("train/router_ce", ce.detach(), on_step=False, on_epoch=True, batch_size=len(label))
-        self._descend(loss, optimizer)
+        self._descend(loss, optimizer, self.router_clip)
         self.model.train()
         self.log("train/router_kl", kl.detach(), on_step=False, on_epoch=True, batch_size=len(label))
 
-    def _descend(self, loss: Tensor, optimizer: Any) -> None:
+    def _descend(self, loss: Tensor, optimizer: Any, clip: float | None) -> None:
         optimizer.zero_grad()
         self.manual_backward(loss)
-        if self.clip is not None:
-            self.clip_gradients(optimizer, self.clip, "norm")
+        if clip is not None:
+            self.clip_gradients(optimizer, clip, "norm")
         optimizer.step()
         if self.alternate:
             self.untoggle_optimizer(optimizer)
 
     def _craft(self, image: Tensor, routers_only: bool = False) -> Tensor:
         """Adversarial images of a training step, by the divergence from what the networks say of the clean ones."""
-        generator = self._generator(image, self._step_seed())
+        # From the seed, the step and the process alone: a resumed run draws what a whole one would have.
+        generator = self._generator(image, torch.initial_seed() + 7919 * self.trainer.global_step + self.global_rank)
         noise = torch.randn(image.shape, generator=generator, device=image.device, dtype=image.dtype)
         with attackable(self.model):
             with torch.no_grad():
@@ -273,10 +262,6 @@ class RobustnessTask(BaseTask):
                 return value + routers_divergence(log_r, output.router_logits)
 
             return ascend(objective, image, self.train_ball, image + _NEAR * noise, self._health)
-
-    def _step_seed(self) -> int:
-        """From the seed, the step and the process alone: a resumed run draws what a whole one would have."""
-        return torch.initial_seed() + 7919 * self.trainer.global_step + 2 * self.global_rank
 
     def on_train_epoch_end(self) -> None:
         self._health.check()
@@ -330,11 +315,13 @@ class RobustnessTask(BaseTask):
         self.record(attacker.clean.routing)
         routes = list(attacker.route.values())
         right = ~attacker.fooled
+        shown = image
         pgd, route, flipped = torch.zeros_like(right), torch.zeros_like(right), torch.zeros_like(right)
         if bool((tried := attacked & right).any()):
             own = attacker.keep(tried)
             last = own.pgd(self.test_ball)
             check_ball(own.image, last, self.eps)
+            shown = image.masked_scatter(tried[:, None, None, None], last)
             with torch.no_grad():
                 pgd = pgd.masked_scatter(tried, self.model(last).logits.argmax(-1) == own.label)
             attacker.merge(own, tried)
@@ -347,19 +334,20 @@ class RobustnessTask(BaseTask):
             flipped = flipped.masked_scatter(attacked, survival.flipped)
             own.health.check()
         if self.examples is None:
-            self.examples = self._examples(attacker)
+            shown = torch.where(attacker.fooled[:, None, None, None], attacker.adversarial, shown)
+            self.examples = self._examples(attacker, shown)
         expert = torch.stack(routes, 1) if routes else label.new_zeros(len(label), 0)
         fields = (index, label, right, attacked, pgd, route, flipped, expert)
         self._test.append(Attacked(*(values.cpu() for values in fields)))
 
-    def _examples(self, attacker: Attacker) -> Examples:
+    def _examples(self, attacker: Attacker, adversarial: Tensor) -> Examples:
         with torch.no_grad():
-            after = self.model(attacker.adversarial)
+            after = self.model(adversarial)
         said = torch.stack([attacker.clean.logits.argmax(-1), after.logits.argmax(-1)], 1)
         expert = torch.full_like(said, -1)
         for name in list(attacker.route)[:1]:
             expert = torch.stack([attacker.route[name], after.router_logits[name].argmax(-1)], 1)
-        fields = (attacker.image, attacker.adversarial, attacker.label, said, expert)
+        fields = (attacker.image, adversarial, attacker.label, said, expert)
         return Examples(*(values[:_EXAMPLES].detach().cpu() for values in fields))
 
     def _accuracy_by_eps(self, image: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:

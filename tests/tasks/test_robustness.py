@@ -202,23 +202,6 @@ def test_classes_that_look_alike_share_an_expert(data):
     assert group[0] == group[3] != group[1] == group[2]
 
 
-def test_misrouting_sends_its_share_elsewhere(data):
-    torch.manual_seed(0)
-    model = mixture(experts=3)
-    torch.nn.init.normal_(model.network.router.gate.head.weight, 0.0, 5.0)
-    task = make_task(model, misroute=0.25).eval()
-    make_trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0).fit(task, datamodule=data)
-    image = torch.rand(4000, 1, 8, 8)
-    with torch.no_grad():
-        own = model.eval()(image).routing["router"].indices[:, 0]
-    sent = task._misrouted(image)
-    assert set(sent.tolist()) == {0, 1, 2}
-    assert float((sent != own).float().mean()) == pytest.approx(0.25, abs=0.03)
-    for scope in ("stage", "layer"):
-        with pytest.raises(UserError, match="router_scope global"):
-            make_task(mixture(router_scope=scope), misroute=0.25)
-
-
 def test_a_resumed_run_goes_on_exactly(data, tmp_path):
     """Spec A8: as many epochs in two sittings give the same weights, to the bit."""
 
