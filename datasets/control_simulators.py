@@ -12,7 +12,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict
-from gymnasium.wrappers import TimeLimit
+from gymnasium.utils import seeding
 
 from ..errors import UserError
 from .control_envs import OpenedEnv, RenderQuality, prepare
@@ -24,7 +24,6 @@ ADROIT = {
     "pen": ("AdroitHandPen-v1", 50.0, 20),
     "relocate": ("AdroitHandRelocate-v1", 30.0, 25),
 }
-METAWORLD_STEPS = 500  # simulator steps of an episode: 250 agent steps of two
 CORNER = (0.75, 0.075, 0.7)  # where the released code puts Meta-World's camera corner2
 PROPRIOCEPTION = 24  # numbers of the hand itself, first in Adroit's observations
 
@@ -176,8 +175,8 @@ def open_metaworld(task: str, size: int, action_repeat: int, quality: RenderQual
             raise UserError(f"data.env=metaworld:{task}: no such task ({error}); they end in -v3") from None
         model = env.unwrapped.model  # type: ignore[attr-defined]
         model.cam_pos[model.camera("corner2").id] = CORNER
-        limited: gym.Env[Any, Any] = TimeLimit(_unlimited(env), METAWORLD_STEPS - METAWORLD_STEPS % action_repeat)
-        seen = MujocoPixels(SuccessReward(limited) if sparse else limited, size, "corner2", quality)
+        env = SeededTask(env)
+        seen = MujocoPixels(SuccessReward(env) if sparse else env, size, "corner2", quality)
         return prepare(seen, action_repeat)
 
     content = {"gl": True, "metaworld": version("metaworld"), "mujoco": version("mujoco"), "camera": list(CORNER)}
@@ -212,11 +211,10 @@ class SuccessReward(gym.Wrapper[Any, Any, Any, Any]):
         return observation, float(bool(info.get("success", 0.0))), terminated, truncated, info
 
 
-def _unlimited(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-    """Without a time limit of its own."""
-    inner: Any = env
-    while isinstance(inner, gym.Wrapper):
-        if isinstance(inner, TimeLimit):
-            return _unlimited(inner.env)
-        inner = inner.env
-    return env
+class SeededTask(gym.Wrapper[Any, Any, Any, Any]):
+    """Meta-World draws the task's goal before it seeds itself; here the seed comes first."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if seed is not None:
+            self.env.unwrapped.np_random = seeding.np_random(seed)[0]
+        return self.env.reset(seed=seed, options=options)
