@@ -95,7 +95,8 @@ class PairExperts(Experts):
     def forward(
         self, x_sorted: Float[Tensor, "rows dim"], plan: Plan, *, backend: Sorted = "auto"
     ) -> Float[Tensor, "rows out"]:
-        chosen = matmul_backend(backend)
+        # Widths differ from layer to layer, so each decides for itself whether grouped_mm takes it.
+        chosen = "auto" if backend == "grouped" else matmul_backend(backend)
 
         def layer(which: StackedLinear, x: Tensor) -> Tensor:
             return which.sorted(x, plan.offsets, chosen, plan.dropless)

@@ -186,6 +186,19 @@ def test_the_mixture_equals_a_loop(combine, mixed, shared, experts, monkeypatch)
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("sizes", [(6, 9, 16), (8, 4, 5), (8, 12, 16)])  # features, classes, predicates
+@pytest.mark.parametrize("backend", ["auto", "grouped", "segment", "padded"])
+def test_sorted_rows_give_what_all_experts_on_all_rows_give(sizes, backend):
+    torch.manual_seed(0)
+    experts = PairExperts(3, *sizes, 8, 0.0)
+    x, indices = torch.randn(40, 2 * sizes[0] + 12), torch.randint(0, 3, (40, 2))
+    plan = make_plan(indices, 3, dropless=True)
+    weights = torch.rand(40, 2)
+    got = experts.routed(x, weights, plan, backend=backend)
+    every = experts.dense(x).gather(1, indices[..., None].expand(-1, -1, got.shape[1]))
+    torch.testing.assert_close(got, (every * weights[..., None]).sum(1), atol=1e-5, rtol=1e-5)
+
+
 def test_one_expert_of_vidvrd_has_the_published_size():
     expert = RelationExpert(VIDVRD, hidden=768)
     assert parameter_counts(expert)["total"] == 4_782_528
