@@ -101,7 +101,8 @@ def pendulum_frames(size: int, angles: int) -> UInt8[np.ndarray, "angles 1 size 
     along = np.clip(right * ahead_x + up * ahead_y, 0.0, length)
     distance = np.hypot(right - along * ahead_x, up - along * ahead_y)
     light = np.clip((radius - distance) * size + 0.5, 0.0, 1.0)  # one pixel of soft edge
-    return np.round(255 * light).astype(np.uint8)[:, None]
+    frames: np.ndarray = np.round(255 * light).astype(np.uint8)[:, None]
+    return frames
 
 
 class ActionRepeat(gym.Wrapper[Any, Any, Any, Any]):

@@ -122,6 +122,11 @@ class ControlTask(BaseTask):
         """The injected optimiser over each part."""
         return [self.optimizer_factory(part.parameters()) for part in self.parts().values()]
 
+    def _optimizers(self) -> list[Any]:
+        """One for each part."""
+        found = self.optimizers()
+        return list(found) if isinstance(found, list) else [found]
+
     def on_fit_start(self) -> None:
         self.generator = torch.Generator(self.device).manual_seed(int(torch.randint(2**62, ())))
         self.data.policy = self.explore

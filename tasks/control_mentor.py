@@ -171,7 +171,7 @@ class MentorTask(ControlTask):
         if self.updates and self.updates % self.perturb_every == 0:
             self.perturb()
         self.model.train()
-        optimizers = dict(zip(self.parts(), self.optimizers(), strict=True))
+        optimizers = dict(zip(self.parts(), self._optimizers(), strict=True))
         state, later_state = batch.observation.state, batch.next_observation.state
         features = self.model.encoder(self._augmented(batch.observation))
         seen = features.detach()
@@ -279,7 +279,7 @@ class MentorTask(ControlTask):
         perturb(self._perturbed(), candidate, alpha)
         self.alpha = float(alpha)
         if self.trainer.training:
-            for optimizer in self.optimizers():
+            for optimizer in self._optimizers():
                 optimizer.optimizer.state.clear()
         return True
 

@@ -85,7 +85,7 @@ class PMOETask(ControlTask):
         return squashed(pick(mean, chosen), pick(log_std, chosen), self.random(*mean[:, 0].shape))
 
     def update(self, batch: ControlBatch) -> dict[str, Tensor | float]:
-        critic, actor, temperature = self.optimizers()
+        critic, actor, temperature = self._optimizers()
         state, later = batch.observation.state, batch.next_observation.state
         assert state is not None and later is not None
         state, alpha = state.to(self.device), self.temperature().detach()

@@ -7,7 +7,7 @@ arXiv:2310.19668). How the agent learns is in `tasks/control_mentor.py`, its rul
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -176,7 +176,7 @@ class Actor(nn.Module):
         if isinstance(self.middle, MoE):
             gate: Any = self.middle.router.gate
             routing = self.middle.router(z)
-            up, down = self.middle.experts.layers
+            up, down = cast("list[StackedLinear]", list(self.middle.experts.layers))  # type: ignore[arg-type]
             hidden = up.wide(z).transpose(0, 1).relu()
             each = down.batched(hidden)
             between = [gate.first(z).relu(), routing.logits, hidden, each]
@@ -244,7 +244,8 @@ def official_aux_loss(routing: Routing) -> Float[Tensor, ""]:
     tokens = routing.scores.shape[0]
     load = slot_counts(routing.indices, routing.num_experts, routing.scores.dtype) / tokens
     entropy = torch.special.entr(routing.scores).sum(-1).mean()
-    return load.var(correction=1) + entropy
+    loss: Tensor = load.var(correction=1) + entropy
+    return loss
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ keeps. MENTOR (arXiv:2410.14972) perturbs towards a Gaussian fitted on the weigh
 
 import copy
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -62,7 +63,8 @@ def linear_schedule(start: float, end: float, length: int, at: int) -> float:
 def perturbed_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     """Weights and biases of all linear layers, the experts' included; normalisation and convolutions are left alone."""
     parts = [part for module in modules for part in module.modules() if isinstance(part, nn.Linear | StackedLinear)]
-    return [parameter for part in parts for parameter in (part.weight, part.bias) if parameter is not None]
+    every: list[Any] = [parameter for part in parts for parameter in (part.weight, part.bias)]
+    return [parameter for parameter in every if parameter is not None]
 
 
 @torch.no_grad()

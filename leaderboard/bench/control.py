@@ -55,7 +55,8 @@ class Loop(nn.Module):
 
     def __init__(self, moe: MoE) -> None:
         super().__init__()
-        up, down = moe.experts.layers
+        layers: Any = moe.experts.layers
+        up, down = layers
         self.router = moe.router
         self.each = nn.ModuleList()
         for e in range(moe.router.num_experts):
