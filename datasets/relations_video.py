@@ -186,7 +186,7 @@ def _rate(seconds: Float64[np.ndarray, " frames"], path: Path) -> float:
     off = np.abs(seconds / step - np.arange(len(seconds))).max()
     if off > _TOLERANCE:
         gaps = np.diff(seconds) * 1000
-        usual = _usual(1000 / float(np.median(gaps)))
+        usual = _usual(1000 / float(np.median(gaps)), within=0.03)
         raise UserError(
             f"{path}: variable frame rate: frames come every {gaps.min():.0f} to {gaps.max():.0f} ms; expected a "
             f"constant rate: give --fps {usual:g} to have one made"
@@ -194,10 +194,10 @@ def _rate(seconds: Float64[np.ndarray, " frames"], path: Path) -> float:
     return _usual(1 / step)
 
 
-def _usual(rate: float) -> float:
-    """The rate of the trade nearest by, if it is within a thousandth: clocks of files are coarse."""
+def _usual(rate: float, within: float = 1e-3) -> float:
+    """The rate of the trade nearest by, if it is as near as that: clocks of files are coarse."""
     near = min(_RATES, key=lambda known: abs(math.log(known / rate)))
-    return float(near) if abs(near / rate - 1) < 1e-3 else round(rate, 3)
+    return float(near) if abs(near / rate - 1) < within else round(rate, 3)
 
 
 def _resampled(seconds: Float64[np.ndarray, " stored"], fps: float) -> Int64[np.ndarray, " frames"]:

@@ -41,14 +41,15 @@ def colours(clip: Clip) -> dict[int, str]:
     return {tid: PALETTE[i % len(PALETTE)] for i, tid in enumerate(clip.tracks)}
 
 
-def write_overlay(video: Video, clip: Clip, path: Path, most_crops: int = 60) -> Stills:
+def write_overlay(video: Video, clip: Clip, path: Path, source: str, most_crops: int = 60) -> Stills:
     """Write `path` (H.264 mp4, as many frames as the video) and take the stills.
 
     Args:
         clip: tracks and relations in frames of the video.
+        source: of the relations, see `relations_answers.Answer`.
         most_crops: objects of which a crop is taken, those seen longest.
     """
-    canvas = _Canvas(video, clip)
+    canvas = _Canvas(video, clip, source)
     looks = _best_frames(clip, video, most_crops)
     middle = len(video) // 2
     poster, crops = "", {}
@@ -63,20 +64,21 @@ def write_overlay(video: Video, clip: Clip, path: Path, most_crops: int = 60) ->
     return Stills(poster, crops)
 
 
-def foremost(instances: Sequence[Instance], most: int | None = None) -> list[Instance]:
-    """The relations worth a line: by rank, then by score; none that only turns another around."""
+def foremost(instances: Sequence[Instance], source: str) -> list[Instance]:
+    """The relations worth a line, in order; none that only turns another around."""
     kept: list[Instance] = []
     keys: set[tuple[int, str, int]] = set()
-    for i in sorted(instances, key=lambda i: (rank(i.predicate), -i.score)):
+    for i in sorted(instances, key=lambda i: (rank(i.predicate, source), -i.score)):
         if (i.object, _CONVERSE.get(i.predicate, ""), i.subject) not in keys:
             keys.add((i.subject, i.predicate, i.object))
             kept.append(i)
-    return kept[:most]
+    return kept
 
 
-def rank(predicate: str) -> int:
-    """What moves before how it lies, before sizes; what only a model knows counts as motion."""
-    return _RANK.get(predicate, 0)
+def rank(predicate: str, source: str) -> int:
+    """What comes before the score: a model's score says how sure it is, a rule's only how long it holds; so of the
+    rules, what moves comes before how it lies and how large it is."""
+    return _RANK.get(predicate, 0) if source == "geometry" else 0
 
 
 def as_data(picture: Image.Image, kind: str) -> str:
@@ -89,8 +91,8 @@ def as_data(picture: Image.Image, kind: str) -> str:
 class _Canvas:
     """The picture, enlarged if it is small, and a panel to its right."""
 
-    def __init__(self, video: Video, clip: Clip) -> None:
-        self.clip, self.colour = clip, colours(clip)
+    def __init__(self, video: Video, clip: Clip, source: str) -> None:
+        self.clip, self.source, self.colour = clip, source, colours(clip)
         self.zoom = max(1, -(-_SMALL // video.width)) if video.width < _SMALL else 1
         self.picture = video.width * self.zoom, video.height * self.zoom
         self.font_size = max(12, min(self.picture[1] // 24, 36))
@@ -127,7 +129,7 @@ class _Canvas:
         now = [i for i in self.clip.instances if i.begin <= frame < i.end]
         left, line = float(self.picture[0] + self.font_size), self.font_size * 1.45
         rows = int(self.size[1] / line) - 2
-        chosen = foremost(now)
+        chosen = foremost(now, self.source)
         seconds = f"{frame / self.clip.fps:.1f} s" if self.clip.fps else f"frame {frame}"
         draw.text((left, line), seconds, fill="#9aa5b5", font=self.font, anchor="lm")
         shown = chosen if len(chosen) <= rows else chosen[: rows - 1]

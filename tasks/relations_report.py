@@ -45,8 +45,8 @@ def write_report(
         stills: pictures of the objects and of a frame.
         overlay: the mp4 beside the page; embedded up to 12 MB.
     """
-    rows = timeline(clip)
-    predicates = sorted({row.predicate for row in rows}, key=lambda p: (rank(p), p))
+    rows = timeline(clip, found.source)
+    predicates = sorted({row.predicate for row in rows}, key=lambda p: (rank(p, found.source), p))
     context = {
         "clip": clip,
         "source": video.path.name,
@@ -77,7 +77,7 @@ def write_report(
     path.write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
-def timeline(clip: Clip) -> list[Row]:
+def timeline(clip: Clip, source: str) -> list[Row]:
     """The relations by pair and predicate, in the overlay's order."""
     spans: dict[tuple[int, str, int], list[Instance]] = defaultdict(list)
     for i in clip.instances:
@@ -91,7 +91,7 @@ def timeline(clip: Clip) -> list[Row]:
         ]
         held = sum(i.end - i.begin for i in parts) / clip.fps
         rows.append(Row(s, p, o, max(i.score for i in parts), held, bars))
-    return sorted(rows, key=lambda row: (rank(row.predicate), -row.score, row.subject, row.object))
+    return sorted(rows, key=lambda row: (rank(row.predicate, source), -row.score, row.subject, row.object))
 
 
 def clock(seconds: float) -> str:
@@ -134,6 +134,7 @@ def _ticks(seconds: float) -> list[tuple[float, str]]:
     return [
         (1000 * time / seconds, f"{time:.{digits}f} s" if seconds < 120 else clock(time).partition(".")[0])
         for time in times
+        if time <= 0.95 * seconds  # a later label would leave the page
     ]
 
 

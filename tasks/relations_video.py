@@ -87,7 +87,7 @@ def run(request: Request) -> Outcome:
     clip = replace(seen, instances=found.instances)
     with _new_folder(request.output, request.overwrite) as folder:
         _write_tables(folder, clip, found)
-        stills = write_overlay(video, clip, folder / "overlay.mp4")
+        stills = write_overlay(video, clip, folder / "overlay.mp4", found.source)
         write_report(folder / "report.html", video, clip, found, origin, stills, folder / "overlay.mp4")
     return Outcome(request.output, clip, found)
 
@@ -194,7 +194,7 @@ def _shipped(clip: Clip) -> tuple[ZooModel | None, str, str]:
 def _write_tables(folder: Path, clip: Clip, found: Answer) -> None:
     relations = [
         r._replace(subject=filled(r.subject).round(2), object=filled(r.object).round(2))
-        for r in _within(clip).relations()
+        for r in _within(clip, found.source).relations()
     ]
     write_predictions(folder / "relations.json", {clip.name: relations})
     table = relations_table(clip, found.source)
@@ -203,10 +203,10 @@ def _write_tables(folder: Path, clip: Clip, found: Answer) -> None:
     (folder / "tracks.json").write_text(json.dumps(clip_as_json(clip), allow_nan=False), encoding="utf-8")
 
 
-def _within(clip: Clip) -> Clip:
+def _within(clip: Clip, source: str) -> Clip:
     """The clip with the relations that a JSON of boxes can hold: long videos have more than a text file should."""
     kept, rows = set(), 0
-    for i in sorted(clip.instances, key=lambda i: (rank(i.predicate), -i.score)):
+    for i in sorted(clip.instances, key=lambda i: (rank(i.predicate, source), -i.score)):
         rows += i.end - i.begin
         if rows > _JSON_ROWS:
             break
