@@ -23,6 +23,7 @@ OTHER_VERBS = {
     "show": "a recipe, as YAML",
     "weights": "list, download, verify and publish trained weights",
     "leaderboard": "run recipes x seeds, draw the leaderboard",
+    "surgery": "what a trained model loses without some experts, or with fewer bits for them",
     "bench": "time the MoE core against other libraries and against the floor",
 }
 HELP = """usage: moezoo COMMAND ...
@@ -72,6 +73,8 @@ def _dispatch(words: list[str]) -> int:
         return int(import_module(".zoo.weights_commands", __package__).main(rest))
     if verb == "leaderboard":
         return int(import_module(".leaderboard.commands", __package__).main(rest))
+    if verb == "surgery":
+        return int(import_module(".surgery", __package__).main(rest))
     if verb == "bench":
         return int(import_module(".leaderboard.bench.commands", __package__).main(rest))
     # Domain commands: `moezoo <domain> <verb>` lives in tasks/<domain>_commands.py and is found by name.

@@ -197,14 +197,14 @@ def _train(trainer: lightning.Trainer, cli: RecipeCLI, run_dir: Path, last: str 
 
 def validate(request: Request) -> int:
     """Metrics on the validation split."""
-    cli, trainer = _evaluation(request)
+    cli, trainer = evaluation(request)
     trainer.validate(cli.model, datamodule=cli.datamodule)
     return 0
 
 
 def test(request: Request) -> int:
     """Metrics on the test split, as the leaderboard computes them."""
-    cli, trainer = _evaluation(request)
+    cli, trainer = evaluation(request)
     trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     print_metrics(Console(), cli.model.result)
     return 0
@@ -215,7 +215,7 @@ def predict(request: Request) -> int:
     output = request.output or Path("predictions.parquet")
     if output.suffix not in {".parquet", ".csv"}:
         raise UserError(f"--output {output}: expected a name that ends in .parquet or .csv")
-    cli, trainer = _evaluation(request)
+    cli, trainer = evaluation(request)
     batches: Any = trainer.predict(cli.model, datamodule=cli.datamodule)
     table: pl.DataFrame = cli.datamodule.decode(pl.concat(batches))
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +226,7 @@ def predict(request: Request) -> int:
     return 0
 
 
-def _evaluation(request: Request) -> tuple[RecipeCLI, lightning.Trainer]:
+def evaluation(request: Request) -> tuple[RecipeCLI, lightning.Trainer]:
     """The recipe with trained weights in place, and a Trainer that leaves nothing behind."""
     cli = RecipeCLI(request)
     model = cli.model.model

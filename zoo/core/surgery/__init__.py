@@ -11,6 +11,7 @@ from .bits import (
 )
 from .dense import read_mlp
 from .offload import OffloadedExperts
+from .pools import expert_pools, routers_of, watched_inputs
 from .prune import MergedRouter, group_alike, merge_experts, prune_experts, take_experts
 from .split import EmergentRouter, balanced_clusters, split_mlp
 from .switch import (
@@ -35,6 +36,7 @@ __all__ = [
     "diversify_experts",
     "expert_activity",
     "expert_importance",
+    "expert_pools",
     "group_alike",
     "masks_of",
     "merge_experts",
@@ -44,6 +46,7 @@ __all__ = [
     "read_mlp",
     "round_to_bits",
     "rounding_errors",
+    "routers_of",
     "silenced_experts",
     "split_mlp",
     "stored_bits",
@@ -51,4 +54,5 @@ __all__ = [
     "take_experts",
     "upcycle",
     "upcycle_mlp",
+    "watched_inputs",
 ]
