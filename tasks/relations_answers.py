@@ -71,8 +71,8 @@ def fitness(clip: Clip, model: ZooModel, name: str) -> tuple[bool, str]:
     A model of generated shapes is never asked about other things: it knows none of their classes.
     """
     schema = _schema(model)
-    if schema is None:
-        return False, f"{name} is no relation model of objects and predicates"
+    if schema is None or "position" not in signature(model.forward).parameters:
+        return False, f"{name} is no model of what pairs of tracks look like"
     if schema.get("features") != "geom":
         return False, f"{name} looks at the data's own features ({schema.get('features')}), which a video has not"
     strangers = sorted({track.category for track in clip.tracks.values()} - set(_words(schema)))

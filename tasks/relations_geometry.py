@@ -20,6 +20,7 @@ Holds = Bool[np.ndarray, " frames"]
 _SECONDS = 0.5  # that a rule must hold
 _GAP = 0.15  # seconds for which it may pause
 _SPEED = 0.25  # own sizes a second from which an object moves
+_HEADING = 0.7  # cosine from which a motion is to or from something
 _NEAR = 3.0  # sizes between the centres of objects that move together
 
 
@@ -60,10 +61,10 @@ class Rule(NamedTuple):
 
 # What moves, how it lies, how large it is: pictures and pages list relations in this order.
 RULES = (
-    Rule("toward", "the subject moves to the object and they come closer",
-         lambda p: (p.subject_approach > _SPEED) & (p.approach > _SPEED)),
-    Rule("away", "the subject moves off the object and they part",
-         lambda p: (p.subject_approach < -_SPEED) & (p.approach < -_SPEED)),
+    Rule("toward", "the subject heads for the object, give or take 45°, and they come closer",
+         lambda p: (p.subject_approach > np.maximum(_SPEED, _HEADING * p.speed[0])) & (p.approach > _SPEED)),
+    Rule("away", "the subject heads off the object, give or take 45°, and they part",
+         lambda p: (p.subject_approach < -np.maximum(_SPEED, _HEADING * p.speed[0])) & (p.approach < -_SPEED)),
     Rule("move_with", "both move, near each other, at much the same velocity",
          lambda p: (np.minimum(*p.speed) > _SPEED) & (p.apart < 0.3 * np.maximum(*p.speed)) & (p.distance < _NEAR)),
     Rule("next_to", "centres less than 1.125 mean widths and mean heights apart",
