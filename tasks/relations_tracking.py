@@ -10,7 +10,7 @@ from ..datasets.relations_tracks import Detections, fill_gaps
 from ..errors import UserError
 
 _LOST = 30  # frames at 30 a second, the package's unit: a track waits a second
-_LOW = 0.1  # score from which a box may continue a track
+LOW = 0.1  # score from which a box may continue a track
 
 
 def track_detections(
@@ -34,7 +34,9 @@ def track_detections(
     seen: dict[tuple[str, int], tuple[list[int], list[np.ndarray]]] = {}
     names = np.array(found.category, dtype=object)
     for category in sorted(set(found.category)):
-        rows = np.flatnonzero((names == category) & (found.score >= _LOW))
+        rows = np.flatnonzero((names == category) & (found.score >= LOW))
+        if not (found.score[rows] >= threshold).any():
+            continue
         tracker = trackers.ByteTrackTracker(
             lost_track_buffer=_LOST,
             frame_rate=fps,

@@ -25,7 +25,7 @@ from .relations_answers import Answer, answer, fitness
 from .relations_association import filled
 from .relations_overlay import rank, write_overlay
 from .relations_report import write_report
-from .relations_tracking import track_detections
+from .relations_tracking import LOW, track_detections
 
 _JSON_ROWS = 1_000_000  # pairs of boxes in relations.json, about 60 MB
 FILES = ("overlay.mp4", "relations.csv", "relations.json", "relations.parquet", "report.html", "tracks.json")
@@ -121,15 +121,16 @@ def relations_table(clip: Clip, source: str) -> pl.DataFrame:
 
 
 def detect(video: Video, detector: Detector, every: int) -> tuple[Detections, range]:
-    """What the detector sees in every so many frames, and which frames those are."""
+    """What the detector sees in every so many frames, as far as a tracker uses it, and which frames those are."""
     frames = range(0, len(video), every)
     at, boxes, scores, names = [], [np.empty((0, 4))], [np.empty(0)], list[str]()
     for frame, picture in progress(video.pictures(every), len(frames), "detection"):
         seen = detector(picture)
-        at += [frame] * len(seen.category)
-        boxes.append(seen.boxes)
-        scores.append(seen.score)
-        names += seen.category
+        sure = int((seen.score >= LOW).sum())  # they come by falling score
+        at += [frame] * sure
+        boxes.append(seen.boxes[:sure])
+        scores.append(seen.score[:sure])
+        names += seen.category[:sure]
     return Detections(np.array(at, dtype=np.int64), np.concatenate(boxes), np.concatenate(scores), names), frames
 
 
