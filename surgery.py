@@ -5,8 +5,9 @@ split, with the recipe's own metrics. Nothing is written: the weights in the sto
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -18,9 +19,12 @@ from torch import Tensor
 
 from . import recipes, runs
 from .errors import UserError
-from .zoo.core import MLPExperts
+from .tasks.expert_map import as_labels, draw_answers, field_of
+from .zoo.core import MLPExperts, Routing
+from .zoo.core.statistics import label_expert_nmi
 from .zoo.core.surgery import (
     allocate_bits,
+    answers_by_label,
     expert_importance,
     expert_pools,
     quantise_experts,
@@ -56,7 +60,7 @@ def main(words: Sequence[str]) -> int:
 def _parser() -> _Parser:
     parser = _Parser(prog="moezoo surgery", description=__doc__, allow_abbrev=False)
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--config", "-c", required=True, metavar="NAME|PATH", help="recipe, e.g. ranking/awmoe")
     common.add_argument("--weights", metavar="NAME|DIR", help="default: beside the recipe, else published")
     common.add_argument("--seed", type=int, help="random seed (default: the recipe's)")
@@ -83,6 +87,9 @@ def _parser() -> _Parser:
     quantise.add_argument(
         "--choices", type=_numbers, default=[1, 2, 3, 4, 6, 8], metavar="B,B,...", help="bits to give"
     )
+    answers = add("map", _map, "what each expert answers to: its share of weight by any field of the batches")
+    answers.add_argument("--by", required=True, metavar="FIELD[:COLUMN]", help="such as label, user or candidates:2")
+    answers.add_argument("--output", type=Path, default=Path("expert_map.png"), help="picture (default: %(default)s)")
     return parser
 
 
@@ -98,7 +105,8 @@ class Patient:
 
     def __init__(self, request: runs.Request, pool: str | None) -> None:
         self.cli, self.trainer = runs.evaluation(request)
-        self.trainer.callbacks = [c for c in self.trainer.callbacks if not isinstance(c, ProgressBar)]
+        bars: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        bars[:] = [callback for callback in bars if not isinstance(callback, ProgressBar)]  # a test each would flicker
         self.task = self.cli.model.eval()
         pools = expert_pools(self.task.model)
         if not pools:
@@ -125,11 +133,9 @@ class Patient:
             batch = self.cli.datamodule.transfer_batch_to_device(batch, self.task.device, 0)
             with watched_inputs(self.experts) as seen:
                 output = self.task(batch)
-            records = getattr(output, "routing", {}).values()
+            records = list(getattr(output, "routing", {}).values())
             for x in seen:
-                matching = [r for r in records if (len(r.scores), r.num_experts) == (len(x), self.experts.num_experts)]
-                even = x.new_ones(len(x), self.experts.num_experts)
-                weight = sum((r.dense_weights().abs() for r in matching), torch.zeros_like(even)) if matching else even
+                weight = self._weights(records, x)
                 routed = (weight != 0).any(1)
                 xs.append(x[routed])
                 weights.append(weight[routed])
@@ -139,6 +145,18 @@ class Patient:
         if not tokens:
             raise UserError(f"{self.cli.name}: no validation token reaches the experts of {self.name}")
         return Calibration(torch.cat(xs)[:CALIBRATION_TOKENS], torch.cat(weights)[:CALIBRATION_TOKENS])
+
+    def _weights(self, records: Iterable[Routing], x: Tensor) -> Tensor:
+        """What the records give the pool for its inputs x; all alike where no record is of this pool.
+
+        A record may be of larger units than x, such as sessions of candidates: each then holds for all of its rows.
+        """
+        number, found = self.experts.num_experts, []
+        for record in records:
+            times = len(x) // max(len(record.scores), 1)
+            if record.num_experts == number and times * len(record.scores) == len(x):
+                found.append(record.dense_weights().abs().repeat_interleave(times, 0).to(x.device))
+        return torch.stack(found).sum(0) if found else x.new_ones(len(x), number)
 
     @contextmanager
     def switched(self, off: Sequence[int], on: Sequence[int] = ()) -> Iterator[None]:
@@ -255,6 +273,46 @@ def _quantise(patient: Patient, known: argparse.Namespace) -> None:
             size = stored_bits(patient.experts, bits) / full
             report.row([f"{sum(bits) / number:.2f}", how, f"{size:.0%}"], patient.test())
     report.show()
+
+
+@torch.no_grad()
+def _map(patient: Patient, known: argparse.Namespace) -> None:
+    patient.cli.datamodule.setup("validate")
+    records: list[Routing] = []
+    values: list[Tensor] = []
+    for batch in patient.cli.datamodule.val_dataloader():
+        batch = patient.cli.datamodule.transfer_batch_to_device(batch, patient.task.device, 0)
+        routing = getattr(patient.task(batch), "routing", {}).values()
+        own = [record for record in routing if record.num_experts == patient.experts.num_experts]
+        if not own:
+            raise UserError(f"{patient.cli.name}: no routing record has the {patient.experts.num_experts} experts")
+        for record in own:
+            records.append(record)
+            values.append(field_of(batch, known.by, len(record.scores)).cpu())
+    labels = as_labels(torch.cat(values))
+    weights = torch.cat([record.dense_weights() for record in records]).cpu()
+    share = answers_by_label(weights, labels.values, len(labels.names))
+    routed = weights.abs().sum(1) > 0
+    top = weights.abs().argmax(1)[routed]
+    spread = _information(labels.values[routed], top)
+    table = Table(known.by, "tokens", "most weight to", title=f"{patient.cli.name}, validation split; {patient.name}")
+    for row, name in enumerate(labels.names):
+        best = share[row].argsort(descending=True)[:3].tolist()
+        tokens = int((labels.values[routed] == row).sum())
+        table.add_row(name, f"{tokens:,}", ", ".join(f"{e}: {float(share[row, e]):.1%}" for e in best))
+    draw_answers(share, labels.names, f"{patient.cli.name}: experts by {known.by}", known.output)
+    console = Console()
+    console.print(table)
+    console.print(f"normalised mutual information of {known.by} and the top expert: {spread:.3f}")
+    console.print(f"picture {known.output}", soft_wrap=True)
+
+
+def _information(labels: Tensor, experts: Tensor) -> float:
+    kept = labels >= 0
+    ones = torch.ones(int(kept.sum()), 1)
+    scores = torch.zeros(len(ones), int(experts.max()) + 1) if len(experts) else torch.zeros(0, 1)
+    top = experts[kept][:, None]
+    return float(label_expert_nmi(Routing(ones, top, scores, scores, torch.zeros(())), labels[kept]))
 
 
 def _load(calibration: Calibration) -> Tensor:

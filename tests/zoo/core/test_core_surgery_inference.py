@@ -14,6 +14,7 @@ from moezoo.zoo.core.surgery import (
     OnlinePruning,
     Response,
     allocate_bits,
+    answers_by_label,
     expert_activity,
     expert_importance,
     masks_of,
@@ -110,6 +111,14 @@ def test_ranking_finds_the_experts_that_answer_to_one_kind_of_input_and_switchin
     with pytest.raises(ValueError, match="other layers"):
         rank_by_response(to, {})
     assert Response("a", 1, 0.5) == ("a", 1, 0.5)
+
+
+def test_answers_are_averaged_by_label():
+    weights = torch.tensor([[1.0, 1.0, 0.0], [0.0, 3.0, 1.0], [-2.0, 0.0, 2.0], [0.0, 0.0, 0.0], [5.0, 0.0, 0.0]])
+    labels = torch.tensor([1, 1, 0, 0, 7])
+    got = answers_by_label(weights, labels, 3)
+    want = torch.tensor([[0.5, 0.0, 0.5], [0.25, 0.625, 0.125], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(got, want)
 
 
 # --- bits

@@ -16,6 +16,7 @@ from .prune import MergedRouter, group_alike, merge_experts, prune_experts, take
 from .split import EmergentRouter, balanced_clusters, split_mlp
 from .switch import (
     Response,
+    answers_by_label,
     expert_activity,
     masks_of,
     rank_by_response,
@@ -32,6 +33,7 @@ __all__ = [
     "OnlinePruning",
     "Response",
     "allocate_bits",
+    "answers_by_label",
     "balanced_clusters",
     "diversify_experts",
     "expert_activity",

@@ -32,7 +32,8 @@ def round_to_bits(weight: Float[Tensor, "*rows inputs"], bits: int) -> Float[Ten
         return signs * weight.abs().mean(-1, keepdim=True)
     low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
     step = ((high - low) / (2**bits - 1)).clamp_min(torch.finfo(weight.dtype).tiny)
-    return low + ((weight - low) / step).round() * step
+    rounded: Tensor = low + ((weight - low) / step).round() * step
+    return rounded
 
 
 @torch.no_grad()

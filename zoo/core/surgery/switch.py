@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..experts import MLPExperts
@@ -77,6 +77,26 @@ def expert_activity(records: Iterable[Mapping[str, Routing]]) -> Activity:
             sums[name] = sums.get(name, torch.zeros_like(weights[0])) + weights.sum(0)
             tokens[name] = tokens.get(name, torch.zeros_like(routed)) + routed
     return {name: total / tokens[name].clamp_min(1) for name, total in sums.items()}
+
+
+def answers_by_label(
+    weights: Float[Tensor, "tokens experts"], labels: Int[Tensor, "tokens"], num_labels: int
+) -> Float[Tensor, "labels experts"]:
+    """The mean share of its weight that a token of each label gives to each expert; rows sum to one.
+
+    Rows of labels that no routed token has are zero. Labels outside `[0, num_labels)` are left out.
+
+    Args:
+        weights: `Routing.dense_weights()`; tokens that give no weight are left out.
+    """
+    size = weights.detach().abs().double()
+    total = size.sum(1, keepdim=True)
+    kept = (total[:, 0] > 0) & (labels >= 0) & (labels < num_labels)
+    shares = torch.where(kept[:, None], size / total.clamp_min(1e-20), 0.0)
+    place = labels.clamp(0, num_labels - 1)
+    sums = shares.new_zeros(num_labels, size.shape[1]).index_add(0, place, shares)
+    counts = shares.new_zeros(num_labels).index_add(0, place, kept.double())
+    return sums / counts.clamp_min(1)[:, None]
 
 
 class Response(NamedTuple):

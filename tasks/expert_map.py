@@ -1,0 +1,81 @@
+"""What each expert of a trained model answers to: the share of weight by label, for any field of the task's batches."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..errors import UserError
+
+MAX_LABELS = 16
+BINS = 5  # of a field of real numbers: fifths of the data
+
+
+class Labels(NamedTuple):
+    """A label for every token, and what the labels are called."""
+
+    values: Int[Tensor, " tokens"]
+    names: Sequence[str]
+
+
+def field_of(batch: Any, by: str, tokens: int) -> Float[Tensor, " tokens"] | Int[Tensor, " tokens"]:
+    """The field `by` of a batch, or its column `by:3`, as one number per routing token.
+
+    A field of fewer units than tokens, such as sessions of candidates, holds for all tokens of its unit.
+
+    Raises:
+        UserError: there is no such field, or it does not fit the tokens.
+    """
+    name, _, column = by.partition(":")
+    fields = [f for f in getattr(batch, "_fields", ()) if isinstance(getattr(batch, f), Tensor)]
+    if name not in fields:
+        raise UserError(f"--by {name}: the batches have {', '.join(fields)}")
+    values: Tensor = getattr(batch, name)
+    if column:
+        if not column.isdigit() or values.ndim < 2 or int(column) >= values.shape[-1]:
+            raise UserError(f"--by {by}: {name} has the shape {list(values.shape)}; a column is below its last size")
+        values = values[..., int(column)]
+    flat = values.flatten()
+    if len(flat) == 0 or tokens % len(flat):
+        raise UserError(
+            f"--by {by}: {len(flat)} values of shape {list(values.shape)} do not fit {tokens} routing tokens"
+            + (f"; name a column, such as {name}:0" if not column and values.ndim > 1 else "")
+        )
+    return flat.repeat_interleave(tokens // len(flat))
+
+
+def as_labels(values: Tensor) -> Labels:
+    """Whole numbers by themselves, the commonest `MAX_LABELS` of them; real ones in fifths."""
+    if values.dtype.is_floating_point:
+        edges = values.double().quantile(torch.linspace(0, 1, BINS + 1, dtype=torch.float64)).unique()
+        if len(edges) < 2:
+            return Labels(torch.zeros(len(values), dtype=torch.int64), [f"{float(edges[0]):.3g}"])
+        bins = torch.bucketize(values.double(), edges[1:-1], right=True)
+        return Labels(
+            bins, [f"{a:.3g} to {b:.3g}" for a, b in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)]
+        )
+    found, place, counts = values.long().unique(return_inverse=True, return_counts=True)
+    common = counts.argsort(descending=True, stable=True)[:MAX_LABELS].sort().values
+    rank = torch.full((len(found),), -1).scatter(0, common, torch.arange(len(common)))
+    return Labels(rank[place], [str(v) for v in found[common].tolist()])
+
+
+def draw_answers(share: Float[Tensor, "labels experts"], names: Sequence[str], title: str, path: Path) -> None:
+    """A heat map, labels down and experts across, of each label's share against the mean over labels."""
+    from matplotlib.figure import Figure
+
+    lift = share - share.mean(0)
+    bound = max(float(lift.abs().max()), 1e-9)
+    size = (min(2.5 + 0.3 * share.shape[1], 14), min(1.6 + 0.3 * len(names), 10))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(lift.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(0, share.shape[1], 1 + share.shape[1] // 24))
+    axes.set(xlabel="expert", title=title)
+    figure.colorbar(image, ax=axes, label="share of weight, less the mean")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

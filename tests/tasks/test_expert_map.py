@@ -1,0 +1,58 @@
+"""Labels for routing tokens out of any batch, and the picture of who answers to them."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from moezoo.errors import UserError
+from moezoo.tasks.expert_map import MAX_LABELS, as_labels, draw_answers, field_of
+
+
+class Batch(NamedTuple):
+    user: torch.Tensor
+    items: torch.Tensor
+    price: torch.Tensor
+    note: str = ""
+
+
+BATCH = Batch(torch.tensor([7, 9]), torch.arange(12).view(2, 3, 2), torch.arange(6.0).view(2, 3))
+
+
+def test_a_field_gives_every_token_its_value():
+    assert field_of(BATCH, "user", 6).tolist() == [7, 7, 7, 9, 9, 9]
+    assert field_of(BATCH, "price", 6).tolist() == [0, 1, 2, 3, 4, 5]
+    assert field_of(BATCH, "items:1", 6).tolist() == [1, 3, 5, 7, 9, 11]
+
+
+@pytest.mark.parametrize(
+    "by, message",
+    [
+        ("cost", "the batches have user, items, price$"),
+        ("items:2", "a column is below its last size"),
+        ("items", "do not fit 6 routing tokens; name a column, such as items:0"),
+        ("user:0", "a column is below"),
+    ],
+)
+def test_what_is_no_field_of_the_tokens_is_named(by, message):
+    with pytest.raises(UserError, match=message):
+        field_of(BATCH, by, 6)
+
+
+def test_whole_numbers_are_labels_and_rare_ones_none():
+    labels = as_labels(torch.tensor([5, 5, 2, 9]))
+    assert labels.names == ["2", "5", "9"] and labels.values.tolist() == [1, 1, 0, 2]
+    many = as_labels(torch.cat([torch.arange(40), torch.arange(MAX_LABELS)]))
+    assert many.names == [str(i) for i in range(MAX_LABELS)] and many.values[:40].tolist() == [*range(16), *[-1] * 24]
+
+
+def test_real_numbers_fall_in_fifths():
+    labels = as_labels(torch.randn(1000, generator=torch.Generator().manual_seed(0)))
+    assert torch.bincount(labels.values).tolist() == [200] * 5 and len(labels.names) == 5
+    assert as_labels(torch.ones(7)).values.tolist() == [0] * 7
+    few = as_labels(torch.tensor([0.0] * 9 + [1.0]))
+    assert set(few.values.tolist()) <= set(range(len(few.names)))
+
+
+def test_the_picture_is_drawn(tmp_path):
+    draw_answers(torch.rand(3, 5), ["a", "b", "c"], "title", tmp_path / "deep" / "map.png")
+    assert (tmp_path / "deep" / "map.png").stat().st_size > 5000
