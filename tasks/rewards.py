@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import polars as pl
 import torch
@@ -103,17 +103,22 @@ class RewardsTask(BaseTask):
         output: RewardOutput = self.model(**{name: value for name, value in given.items() if name in self.inputs})
         return output
 
+    @property
+    def rewarder(self) -> RewardModel:
+        """The model, with what a reward model has beyond a module."""
+        return cast(RewardModel, self.model)
+
     # Phases.
 
     def phase_of(self, epoch: int) -> int:
         """The phase an epoch (from 0) belongs to; the last one's beyond the end."""
         ends = torch.tensor(self.epochs).cumsum(0).tolist()
-        return next((k for k, end in enumerate(ends, 1) if epoch < end), self.model.phases)
+        return next((k for k, end in enumerate(ends, 1) if epoch < end), self.rewarder.phases)
 
     def configure_optimizers(self) -> Any:
         """An optimiser over what the phase moves, at the phase's rate; all else is out of training."""
-        chosen = self.model.phase_parameters(self.phase)
-        if self.model.phases > 1:
+        chosen = self.rewarder.phase_parameters(self.phase)
+        if self.rewarder.phases > 1:
             ids = {id(parameter) for parameter in chosen}
             for parameter in self.model.parameters():
                 parameter.requires_grad_(id(parameter) in ids)
@@ -127,7 +132,7 @@ class RewardsTask(BaseTask):
 
     def setup(self, stage: str) -> None:
         """The phase to begin with; `on_load_checkpoint` knows better for a run that goes on."""
-        self.phase = 1 if stage == "fit" else self.model.phases
+        self.phase = 1 if stage == "fit" else self.rewarder.phases
 
     def on_fit_start(self) -> None:
         trainer = self.trainer
@@ -136,9 +141,9 @@ class RewardsTask(BaseTask):
                 f"trainer.max_epochs={trainer.max_epochs}: expected {sum(self.epochs)}, the sum of "
                 f"model.epochs={self.epochs}"
             )
-        if self.model.phases > 1 and trainer.reload_dataloaders_every_n_epochs != 1:
+        if self.rewarder.phases > 1 and getattr(trainer, "reload_dataloaders_every_n_epochs", 0) != 1:
             raise UserError("trainer.reload_dataloaders_every_n_epochs: expected 1, each phase has pairs of its own")
-        if self.model.phases > 1 and trainer.world_size > 1:
+        if self.rewarder.phases > 1 and trainer.world_size > 1:
             raise UserError("a model of several phases trains in one process: set trainer.devices to 1")
         self._serve(self.phase)
 
@@ -150,7 +155,7 @@ class RewardsTask(BaseTask):
         if phase != self.phase:
             self._restore_best()
             self.phase = phase
-            self.model.enter_phase(phase)
+            self.rewarder.enter_phase(phase)
             self.trainer.strategy.setup_optimizers(self.trainer)
         self.log("phase", float(self.phase))
 
@@ -166,7 +171,7 @@ class RewardsTask(BaseTask):
     def _serve(self, phase: int) -> None:
         """Have the datamodule serve a phase's pairs from the next reload on."""
         data: Any = getattr(self.trainer, "datamodule", None)
-        if self.model.phases > 1 and data is not None:
+        if self.rewarder.phases > 1 and data is not None:
             data.set_phase(phase)
 
     def _restore_best(self) -> None:
@@ -207,7 +212,7 @@ class RewardsTask(BaseTask):
 
     def on_validation_epoch_end(self) -> None:
         seen = self._take()
-        accuracy = pair_accuracy(*seen.reward.unbind(1), seen.task)
+        accuracy = pair_accuracy(seen.reward[:, 0], seen.reward[:, 1], seen.task)
         self.log("val/pair_accuracy", accuracy.micro, prog_bar=True, sync_dist=True)
         self.log("val/pair_accuracy_macro", accuracy.macro, sync_dist=True)
         if seen.logits.shape[1]:
@@ -249,9 +254,9 @@ class RewardsTask(BaseTask):
 
     def draw(self, folder: Path) -> list[Path]:
         """Accuracy by task and capability, the router's confusion, the best-of-n curve and the length bias."""
-        from . import rewards_plots
+        from .rewards_plots import draw
 
-        return rewards_plots.draw(self.tested, self.tasks, self.capabilities, folder)
+        return draw(self.tested, self.tasks, self.capabilities, folder)
 
     def _by_capability(self, seen: "Judged", task: Tensor) -> dict[str, pl.Series]:
         names = dict.fromkeys(name for own in self.capabilities for name in own)
@@ -308,7 +313,7 @@ class Judged(NamedTuple):
     logits: Float[Tensor, "pairs tasks"]
     task: Int[Tensor, " pairs"]
     length: Int[Tensor, "pairs 2"]
-    index: Int[Tensor, " pairs"]
+    index: Int[Tensor, " pairs"]  # type: ignore[assignment]
     gold: Float[Tensor, "pairs 2"]
     pool: Int[Tensor, " pairs"]
 
@@ -347,7 +352,7 @@ def router_loss(logits: Float[Tensor, "prompts tasks"], task: Int[Tensor, " prom
 def evaluate(seen: Judged, names: Sequence[str] = ()) -> TestResult:
     """The leaderboard's metrics: pair accuracy, routing, best of n in pools, and what length alone would get."""
     pairs, pools = seen.rows(seen.pool < 0), seen.rows(seen.pool >= 0)
-    accuracy = pair_accuracy(*pairs.reward.unbind(1), pairs.task, names or None)
+    accuracy = pair_accuracy(pairs.reward[:, 0], pairs.reward[:, 1], pairs.task, names or None)
     share, n = MetricInfo("max", n=accuracy.n), accuracy.n
     metrics = {
         "pair_accuracy": accuracy.micro,
@@ -362,7 +367,7 @@ def evaluate(seen: Judged, names: Sequence[str] = ()) -> TestResult:
         )
     if pairs.logits.shape[1]:
         routing = router_report(pairs.logits, pairs.task)
-        oracle = pair_accuracy(*pairs.oracle.unbind(1))
+        oracle = pair_accuracy(pairs.oracle[:, 0], pairs.oracle[:, 1])
         metrics |= {"pair_accuracy_oracle": oracle.micro}
         metrics |= {"router_accuracy": routing.accuracy, "router_macro_f1": routing.macro_f1}
         info |= {"pair_accuracy_oracle": share}
@@ -370,7 +375,7 @@ def evaluate(seen: Judged, names: Sequence[str] = ()) -> TestResult:
     if len(pools.pool):
         more, meant = _best_of_n(pools)
         metrics, info = metrics | more, info | meant
-    bias = length_bias(*pairs.reward.unbind(1), pairs.length)
+    bias = length_bias(pairs.reward[:, 0], pairs.reward[:, 1], pairs.length)
     metrics |= {"length_accuracy": bias.length_accuracy, "prefers_longer": bias.prefers_longer}
     metrics |= {"length_correlation": bias.correlation}
     info |= {
@@ -400,7 +405,7 @@ def _best_of_n(pools: Judged) -> tuple[dict[str, float], dict[str, MetricInfo]]:
 
 def _units(pairs: Judged) -> pl.DataFrame:
     """One row a pair, for paired comparisons between models."""
-    scores = pair_scores(*pairs.reward.unbind(1))
+    scores = pair_scores(pairs.reward[:, 0], pairs.reward[:, 1])
     columns: dict[str, Any] = {"unit": pairs.index.long().numpy(), "pair_accuracy": scores.double().numpy()}
     longer = pairs.length[:, 0] > pairs.length[:, 1]
     table = pl.DataFrame(columns | {"chosen_longer": longer.numpy()})

@@ -38,9 +38,8 @@ def draw(seen: "Judged", names: Sequence[str], capabilities: Sequence[Sequence[s
 
 def _accuracy(pairs: "Judged", names: Sequence[str], capabilities: Sequence[Sequence[str]], path: Path) -> Path:
     """Of each task the pair accuracy, and how often each capability's reward alone agrees with the label."""
-    report = pair_accuracy(*pairs.reward.unbind(1), pairs.task, names or None)
-    parts = report.by_task or {"all": pair_accuracy(*pairs.reward.unbind(1)).by_task.get("all")}
-    shares = {name: part for name, part in parts.items() if part is not None}
+    report = pair_accuracy(pairs.reward[:, 0], pairs.reward[:, 1], pairs.task, names or None)
+    shares = report.by_task
     inner = bool(pairs.capability.shape[2]) and not bool(pairs.capability.isnan().all())
     figure = Figure(figsize=(11 if inner else 5, 3.8), layout="constrained")
     axes = figure.subplots(1, 2 if inner else 1, width_ratios=[1, 2.4] if inner else None, squeeze=False)[0]
@@ -68,7 +67,7 @@ def _capabilities(
         task = list(names).index(label)
         rows = pairs.rows(pairs.task == task)
         for k, name in enumerate(capabilities[task]):
-            grid[y, columns.index(name)] = pair_scores(*rows.capability[..., k].unbind(1)).nanmean()
+            grid[y, columns.index(name)] = pair_scores(rows.capability[:, 0, k], rows.capability[:, 1, k]).nanmean()
     image = axes.imshow(grid.numpy(), vmin=0.2, vmax=0.8, cmap="RdBu", aspect="auto")
     for y, values in enumerate(grid.tolist()):
         for x, value in enumerate(values):
@@ -129,9 +128,9 @@ def _best_of_n(pools: "Judged", path: Path) -> Path:
 
 def _length(pairs: "Judged", path: Path) -> Path:
     """Accuracy by how much longer the chosen response is; a model that counts words falls to 0 on the left."""
-    bias = length_bias(*pairs.reward.unbind(1), pairs.length)
+    bias = length_bias(pairs.reward[:, 0], pairs.reward[:, 1], pairs.length)
     ratio = ((pairs.length[:, 0] + 1).double() / (pairs.length[:, 1] + 1)).log2()
-    scores = pair_scores(*pairs.reward.unbind(1))
+    scores = pair_scores(pairs.reward[:, 0], pairs.reward[:, 1])
     edges = torch.tensor([-torch.inf, -1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0, torch.inf], dtype=torch.double)
     bins = torch.bucketize(ratio, edges[1:-1])
     labels = ["< ½", "½ – 0.7", "0.7 – 0.9", "0.9 – 1", "1 – 1.1", "1.1 – 1.4", "1.4 – 2", "> 2"]

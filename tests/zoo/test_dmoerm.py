@@ -188,6 +188,19 @@ def test_phases_part_the_parameters(task_base):
             assert torch.equal(model.capability_head.weight[e], model.base_head.weight[t])
 
 
+@pytest.mark.parametrize("task_base", BASES)
+def test_without_capabilities_the_outer_layer_is_left(task_base):
+    bare = {"name": "qa", "capabilities": []}
+    model = stirred(
+        DMoERM(SCHEMA | {"tasks": [TASKS[0], bare]}, backbone_options=SMALL, task_base=task_base, inner=False)
+    )
+    given, _ = inputs()
+    assert model.phases == 1 and {id(p) for p in model.phase_parameters(1)} == {id(p) for p in model.parameters()}
+    want = model.eval()(**given, route="oracle").reward
+    torch.testing.assert_close(model(**given, phase=1, route="oracle").reward, want)
+    assert (model(**given | {"task": 1 - given["task"]}, route="oracle").reward != want).all()
+
+
 def test_the_routers_head_may_sit_on_the_shared_backbone():
     given, _ = inputs()
     model = make(task_base="lora", router="head").train()
@@ -265,7 +278,7 @@ def test_a_prompt_touches_one_tasks_parameters():
 def test_mistakes_are_named():
     with pytest.raises(UserError, match="target 'query' names no linear layer; the network has down_proj"):
         make(targets=["query"])
-    with pytest.raises(UserError, match="task qa has no capability"):
+    with pytest.raises(UserError, match="task qa has no capability: give preferences"):
         DMoERM(SCHEMA | {"tasks": [TASKS[0], {"name": "qa", "capabilities": []}]})
     with pytest.raises(UserError, match="backbone=bert: expected transformer, minilm, smollm2 or hf:NAME"):
         build_backbone("bert", SCHEMA)

@@ -243,7 +243,8 @@ class XLoRARM(RewardModel):
         """Heads start as copies of phase 1's."""
         if phase == 2:
             self.capability_head.weight.copy_(self.head.weight.expand_as(self.capability_head.weight))
-            self.capability_head.bias.copy_(self.head.bias.expand_as(self.capability_head.bias))  # type: ignore[union-attr]
+            assert self.capability_head.bias is not None
+            self.capability_head.bias.copy_(self.head.bias.expand_as(self.capability_head.bias))
         if phase == 3:
             self.last.load_state_dict(self.head.state_dict())
 

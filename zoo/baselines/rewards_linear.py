@@ -176,8 +176,8 @@ def _minimise(loss: Any, start: Tensor) -> Tensor:
     def closure() -> Tensor:
         optimizer.zero_grad()
         value: Tensor = loss(point)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     return point.detach()

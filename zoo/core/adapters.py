@@ -121,7 +121,8 @@ def adapt(
     if missing := [target for target in targets if target not in names]:
         found = sorted({p.rpartition(".")[2] for p, m in network.named_modules() if isinstance(m, nn.Linear)})
         raise ValueError(f"target {missing[0]!r} names no linear layer; the network has {', '.join(found)}")
-    choice, layers = AdapterChoice(), []
+    choice = AdapterChoice()
+    layers: list[AdaptedLinear] = []
     for path, layer in linears:
         parent, _, name = path.rpartition(".")
         adapted = AdaptedLinear(layer, choice, len(layers), num_experts, rank, alpha, dropout)

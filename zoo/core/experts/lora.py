@@ -115,6 +115,9 @@ class LoRALinear(nn.Module):
         ValueError: both `weights` and `indices` are given, or either while an expert is merged.
     """
 
+    in_features: int
+    out_features: int
+
     def __init__(
         self,
         base: "nn.Linear | LoRALinear",
