@@ -84,9 +84,10 @@ class Contender:
 def make_problem(case: Case, device: Device, seed: int = 0) -> Problem:
     """The same data for the same case and seed."""
     generator = torch.Generator().manual_seed(seed)
+    there = generator if device == "cpu" else torch.Generator(device).manual_seed(seed)  # a host draws for a minute
 
     def normal(*sizes: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*sizes, generator=generator) * scale).to(device, DTYPES[case.dtype])
+        return (torch.randn(*sizes, generator=there, device=device) * scale).to(DTYPES[case.dtype])
 
     wide = case.hidden * (2 if case.act == "swiglu" else 1)
     return Problem(

@@ -105,7 +105,7 @@ def test_backend_follows_the_shape(monkeypatch):
     assert choice(override="padded") == "padded"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     cuda = dict(device=torch.device("cuda"))
-    assert choice(**cuda) == "dense"  # too small to be worth a sort
+    assert choice(**cuda) == choice(**cuda, dtype=torch.bfloat16) == "dense"  # too small to be worth a sort
     assert choice(**cuda, dims=[4096, 4096], num_experts=64) == "triton"  # grouped_mm waits for the device in fp32
     assert choice(**cuda, dims=[4096, 4096], num_experts=64, dtype=torch.float64) == "padded"
     with torch.no_grad():
