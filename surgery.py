@@ -263,11 +263,15 @@ def _quantise(patient: Patient, known: argparse.Namespace) -> None:
     errors = rounding_errors(patient.experts, calibration.x, calibration.weights, choices)
     full = stored_bits(patient.experts, [16] * number)
     report = Report(patient, ["bits", "how", "size"])
-    plans = []
+    plans: list[tuple[str, list[int]]] = []
     for budget in known.bits:
         alike = max(bits for bits in choices if bits <= budget)
-        plans.append(("alike", [alike] * number))
-        plans.append(("allocated", allocate_bits(importance, errors, choices, budget).tolist()))
+        for plan in (
+            ("alike", [alike] * number),
+            ("allocated", allocate_bits(importance, errors, choices, budget).tolist()),
+        ):
+            if plan not in plans:
+                plans.append(plan)
     for how, bits in track(plans, description="rounding", transient=True):
         with patient.rounded(bits):
             size = stored_bits(patient.experts, bits) / full

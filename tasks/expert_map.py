@@ -69,7 +69,7 @@ def draw_answers(share: Float[Tensor, "labels experts"], names: Sequence[str], t
 
     lift = share - share.mean(0)
     bound = max(float(lift.abs().max()), 1e-9)
-    size = (min(2.5 + 0.3 * share.shape[1], 14), min(1.6 + 0.3 * len(names), 10))
+    size = (min(max(2.5 + 0.3 * share.shape[1], 5.0), 14.0), min(1.6 + 0.3 * len(names), 10.0))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(lift.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")

@@ -17,14 +17,17 @@ from moezoo.zoo.core.surgery import (
     answers_by_label,
     expert_activity,
     expert_importance,
+    expert_pools,
     masks_of,
     quantise_experts,
     rank_by_response,
     round_to_bits,
     rounding_errors,
+    routers_of,
     silenced_experts,
     stored_bits,
     switched_experts,
+    watched_inputs,
 )
 from torch import nn
 
@@ -119,6 +122,26 @@ def test_answers_are_averaged_by_label():
     got = answers_by_label(weights, labels, 3)
     want = torch.tensor([[0.5, 0.0, 0.5], [0.25, 0.625, 0.125], [0.0, 0.0, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(got, want)
+
+
+def test_pools_and_their_inputs_are_found_in_any_model():
+    model, x = Stack(), torch.randn(30, 6)
+    pools = expert_pools(model)
+    assert list(pools) == ["first.experts", "last.experts"]
+    assert list(routers_of(model, pools["last.experts"])) == ["first.router", "last.router"]
+    assert expert_pools(MoE(TopKRouter(6, 1, 1), MLPExperts(1, 6, 8))) == {}
+    before = model(x)[0]
+    for backend in ("auto", "dense", "segment"):
+        model.first.backend = backend
+        with watched_inputs(pools["first.experts"]) as seen:
+            model(x)
+        assert len(seen) == 1 and torch.equal(seen[0], x)
+        model(x)
+        assert len(seen) == 1
+    torch.testing.assert_close(model(x)[0], before)
+    with torch.no_grad(), watched_inputs(pools["first.experts"]) as seen:
+        model(x[:1])
+    assert len(seen) == 1
 
 
 # --- bits
