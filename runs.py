@@ -115,7 +115,8 @@ class RecipeCLI(LightningCLI):
         """The recipe's Trainer, logging into `run_dir` (nowhere for None)."""
         arguments = self.config_init.trainer.as_dict()
         own = list(arguments.pop("callbacks", None) or [])
-        if not any(isinstance(callback, (RichProgressBar, TQDMProgressBar)) for callback in own):
+        shown = any(isinstance(callback, (RichProgressBar, TQDMProgressBar)) for callback in own)
+        if not shown and arguments.get("enable_progress_bar") is not False:
             own.append(RichProgressBar() if Console().is_terminal else TQDMProgressBar(refresh_rate=50))
         arguments["logger"] = _csv_logger(run_dir) if run_dir else False
         if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):

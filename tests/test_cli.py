@@ -68,9 +68,11 @@ def test_the_checkpoint_is_the_best_on_validation(finished):
 
 
 def test_testing_the_weights_again_gives_the_same_number(finished, capsys):
-    assert cli.main(["test", "--config", str(finished / "config.yaml")]) == 0
+    silent = "--trainer.enable_progress_bar=false"
+    assert cli.main(["test", "--config", str(finished / "config.yaml"), silent]) == 0
     auc = json.loads((finished / "result.json").read_text())["metrics"]["session_auc"]
-    assert f"{auc:.4f}" in capsys.readouterr().out
+    written = capsys.readouterr()
+    assert f"{auc:.4f}" in written.out and "it/s" not in written.err + written.out
 
 
 def test_predictions_are_a_table_with_the_users_own_ids(finished, events, tmp_path, capsys):
