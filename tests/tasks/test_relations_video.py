@@ -41,12 +41,16 @@ def paths():
 def film(path, tracks, frames=FRAMES):
     with Writer(path, WIDTH, HEIGHT, FPS) as writer:
         for n in range(frames):
-            picture = np.full((HEIGHT, WIDTH, 3), 230, dtype=np.uint8)
-            for tid, track in tracks.items():
-                left, top, right, bottom = track.boxes[n].astype(int).tolist()
-                picture[top:bottom, left:right] = (200, 40, 40) if tid == 1 else (40, 60, 200)
-            writer.add(picture)
+            writer.add(picture_of(tracks, n))
     return path
+
+
+def picture_of(tracks, n):
+    picture = np.full((HEIGHT, WIDTH, 3), 230, dtype=np.uint8)
+    for tid, track in tracks.items():
+        left, top, right, bottom = track.boxes[n].astype(int).tolist()
+        picture[top:bottom, left:right] = (200, 40, 40) if tid == 1 else (40, 60, 200)
+    return picture
 
 
 def mot(path, tracks, ids=True):
@@ -187,6 +191,59 @@ def test_an_untrained_detector_sees_nothing_and_says_so(tmp_path, capsys):
     assert main(["relations", "video", str(clip), *words]) == 2  # no score comes near 0.5
     assert "lower --threshold" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def train_detector(path, steps=240):
+    """A torchvision detector that learns the two boxes of `film` as COCO's dog and person, from single frames."""
+    from safetensors.torch import save_file
+    from torchvision.models import get_model, get_model_weights
+
+    names = get_model_weights("ssdlite320_mobilenet_v3_large")["DEFAULT"].meta["categories"]
+    boxes = {n: torch.tensor(np.stack([t.boxes[n] for t in paths().values()]), dtype=torch.float32)
+             for n in range(0, FRAMES, 4)}  # fmt: skip
+    labels = torch.tensor([names.index(t.category) for t in paths().values()])
+    frames = [torch.from_numpy(picture_of(paths(), n)).permute(2, 0, 1) / 255 for n in boxes]
+    targets = [{"boxes": b, "labels": labels} for b in boxes.values()]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = get_model("ssdlite320_mobilenet_v3_large", weights=None, weights_backbone=None).train()
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = 1.0  # statistics of one pass, then fixed: so few steps could not follow them
+        with torch.no_grad():
+            model(frames, targets)
+        for norm in norms:
+            norm.eval()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+        for _ in range(steps):
+            some = torch.randperm(len(frames))[:2].tolist()
+            loss = sum(model([frames[i] for i in some], [targets[i] for i in some]).values())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    save_file(model.state_dict(), path)
+
+
+@pytest.mark.slow
+def test_pixels_to_page_with_a_detector_that_was_trained(tmp_path):
+    """Nothing but pixels is given: detector, tracker, rules, overlay and page."""
+    pytest.importorskip("trackers", reason="pip install 'moezoo[relations]'", exc_type=ImportError)
+    train_detector(tmp_path / "model.safetensors")
+    clip = film(tmp_path / "a.mp4", paths())
+    words = ["--detector", "ssdlite320_mobilenet_v3_large", "--detector-weights", str(tmp_path),
+             "--output", str(tmp_path / "out")]  # fmt: skip
+    assert main(["relations", "video", str(clip), *words]) == 0
+    (seen,) = read_clips(tmp_path / "out" / "tracks.json")
+    for wanted in paths().values():
+        found = max((t for t in seen.tracks.values() if t.category == wanted.category), key=lambda t: len(t.boxes))
+        assert len(found.boxes) > FRAMES // 2
+        assert np.abs(found.boxes - wanted.boxes[found.begin : found.end]).mean() < 6  # pixels of 240 x 180
+    table = pl.read_parquet(tmp_path / "out" / "relations.parquet")
+    of_dog = table.filter((pl.col("subject") == "dog") & (pl.col("object") == "person"))
+    assert {"toward", "left"} <= set(of_dog["predicate"])
+    assert "on every 3rd frame, tracked by ByteTrack" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a12_a_rendered_clip_goes_from_pixels_to_the_page(tmp_path):
