@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import UserError
 
 MAX_LABELS = 16
-BINS = 5  # of a field of real numbers: fifths of the data
+BINS = 5  # of a field that is not of whole numbers: fifths of the data
 
 
 class Labels(NamedTuple):
@@ -48,19 +48,23 @@ def field_of(batch: Any, by: str, tokens: int) -> Float[Tensor, " tokens"] | Int
 
 
 def as_labels(values: Tensor) -> Labels:
-    """Whole numbers by themselves, the commonest `MAX_LABELS` of them; real ones in fifths."""
-    if values.dtype.is_floating_point:
-        edges = values.double().quantile(torch.linspace(0, 1, BINS + 1, dtype=torch.float64)).unique()
-        if len(edges) < 2:
-            return Labels(torch.zeros(len(values), dtype=torch.int64), [f"{float(edges[0]):.3g}"])
-        bins = torch.bucketize(values.double(), edges[1:-1], right=True)
-        return Labels(
-            bins, [f"{a:.3g} to {b:.3g}" for a, b in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)]
-        )
-    found, place, counts = values.long().unique(return_inverse=True, return_counts=True)
+    """Whole numbers by themselves, the commonest `MAX_LABELS` of them; others in fifths. -1 for what has no label."""
+    known = values.isfinite()
+    if not bool((values[known] == values[known].round()).all()):
+        return _fifths(values.double(), known)
+    found, place, counts = values[known].long().unique(return_inverse=True, return_counts=True)
     common = counts.argsort(descending=True, stable=True)[:MAX_LABELS].sort().values
     rank = torch.full((len(found),), -1).scatter(0, common, torch.arange(len(common)))
-    return Labels(rank[place], [str(v) for v in found[common].tolist()])
+    labels = torch.full(values.shape, -1).masked_scatter(known, rank[place])
+    return Labels(labels, [str(v) for v in found[common].tolist()])
+
+
+def _fifths(values: Tensor, known: Tensor) -> Labels:
+    some = values[known]
+    edges = some.sort().values[torch.linspace(0, len(some) - 1, BINS + 1).round().long()].unique()
+    bins = torch.bucketize(values.nan_to_num(), edges[1:-1], right=True).masked_fill(~known, -1)
+    between = zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
+    return Labels(bins, [f"{low:.3g} to {high:.3g}" for low, high in between])
 
 
 def draw_answers(share: Float[Tensor, "labels experts"], names: Sequence[str], title: str, path: Path) -> None:

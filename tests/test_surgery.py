@@ -58,7 +58,7 @@ def test_the_map_shows_and_draws_what_experts_answer_to(capsys, tmp_path):
     picture = tmp_path / "map.png"
     code, out, err = operate(capsys, "map", "--by", "label", "--output", str(picture), *PLANTED)
     assert code == 0 and "normalised mutual information" in out and picture.stat().st_size > 5000, err
-    code, _, err = operate(capsys, "map", "--by", "style", *PLANTED)
+    code, _, err = operate(capsys, "map", "--by", "colour", *PLANTED)
     assert code == 2 and "the batches have" in err
 
 

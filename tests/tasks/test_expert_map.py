@@ -45,12 +45,19 @@ def test_whole_numbers_are_labels_and_rare_ones_none():
     assert many.names == [str(i) for i in range(MAX_LABELS)] and many.values[:40].tolist() == [*range(16), *[-1] * 24]
 
 
-def test_real_numbers_fall_in_fifths():
-    labels = as_labels(torch.randn(1000, generator=torch.Generator().manual_seed(0)))
-    assert torch.bincount(labels.values).tolist() == [200] * 5 and len(labels.names) == 5
+def test_real_numbers_fall_in_fifths_and_what_is_unknown_in_none():
+    values = torch.randn(1001, generator=torch.Generator().manual_seed(0))
+    values[7] = torch.nan
+    labels = as_labels(values)
+    assert torch.bincount(labels.values + 1).tolist()[0] == 1 and labels.values[7] == -1 and len(labels.names) == 5
+    assert torch.bincount(labels.values[labels.values >= 0]).tolist() == pytest.approx([200] * 5, abs=1)
+
+
+def test_real_numbers_that_are_whole_are_labels():
+    labels = as_labels(torch.tensor([1.0, 0.0, torch.nan, 1.0]))
+    assert labels.names == ["0", "1"] and labels.values.tolist() == [1, 0, -1, 1]
     assert as_labels(torch.ones(7)).values.tolist() == [0] * 7
-    few = as_labels(torch.tensor([0.0] * 9 + [1.0]))
-    assert set(few.values.tolist()) <= set(range(len(few.names)))
+    assert as_labels(torch.full((3,), torch.nan)).values.tolist() == [-1] * 3
 
 
 def test_the_picture_is_drawn(tmp_path):
