@@ -176,10 +176,10 @@ def _checkpoints(run_dir: Path, task: BaseTask) -> list[Callback]:
     if _closed_form(task):
         return []
     folder = run_dir / "checkpoints"
+    # `save_last` of the first would keep the last epoch that was the best so far.
     return [
-        ModelCheckpoint(
-            folder, "best", monitor=task.monitor, mode=task.mode, save_last=True, enable_version_counter=False
-        )
+        ModelCheckpoint(folder, "best", monitor=task.monitor, mode=task.mode, enable_version_counter=False),
+        ModelCheckpoint(folder, "last", enable_version_counter=False),
     ]
 
 

@@ -9,7 +9,9 @@ import time
 
 import polars as pl
 import pytest
-from moezoo import cli, recipes
+import pytorch_lightning as lightning
+import torch
+from moezoo import cli, recipes, runs
 from moezoo.errors import UserError
 
 
@@ -184,6 +186,38 @@ def test_a_killed_run_resumes_where_it_stopped(events, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     epochs = pl.read_csv(folder / "metrics.csv").filter(pl.col("val/session_auc").is_not_null())["epoch"].to_list()
     assert sorted(epochs) == list(range(6)), "an epoch was lost or done twice"
+
+
+class Worsening(lightning.LightningModule):
+    """Its first epoch is its best."""
+
+    monitor, mode = "val/loss", "min"
+
+    def __init__(self):
+        super().__init__()
+        self.model = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.model(batch).sum()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", float(self.current_epoch))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_the_last_epoch_is_kept_beside_the_best(tmp_path):
+    task, loader = Worsening(), torch.utils.data.DataLoader(torch.ones(4, 1))
+    lightning.Trainer(
+        max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=runs._checkpoints(tmp_path, task), default_root_dir=tmp_path,
+    ).fit(task, loader, loader)  # fmt: skip
+    epochs = {
+        name: torch.load(tmp_path / "checkpoints" / f"{name}.ckpt", weights_only=True)["epoch"]
+        for name in ("best", "last")
+    }
+    assert epochs == {"best": 0, "last": 2} and len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
 def test_ctrl_c_is_one_line_and_exit_code_130(events, tmp_path):
