@@ -154,6 +154,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
             axes.loglog(results["sizes"], middle, "o-", color=colour, label=label)
             axes.fill_between(results["sizes"], low, high, color=colour, alpha=0.2, linewidth=0)
         axes.set(title=kind, xlabel="sample size n", ylabel="error" if kind == kinds[0] else "")
+        axes.set_xticks(results["sizes"], [str(size) for size in results["sizes"]], rotation=45, fontsize=8)
+        axes.minorticks_off()
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
