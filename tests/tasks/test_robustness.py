@@ -87,7 +87,9 @@ def mixture(**changes):
 
 def make_task(model=None, **changes):
     model = mixture() if model is None else model
-    return RobustnessTask(model, sgd, cosine, **QUICK | {"router_lr": 0.05, "schema": SCHEMA} | changes)
+    return RobustnessTask(
+        model, sgd, cosine, **QUICK | {"router_lr": 0.05, "router_clip": None, "schema": SCHEMA} | changes
+    )
 
 
 @pytest.fixture(scope="module")
