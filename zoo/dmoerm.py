@@ -83,7 +83,8 @@ class DMoERM(RewardModel):
         alpha: their scale is alpha / rank.
         lora_dropout: of their input, in training.
         targets: linear layers that have them.
-        aggregate: hidden width of the MLP; default D, as in the paper.
+        aggregate: hidden width of the MLP; default D, as in the paper; 0, which needs `residual`, has no MLP: a linear
+            mixture of rewards for each task, for few human judgements.
         residual: the MLP starts at zero, and the base's reward and a mixture of the capabilities' rewards, which starts
             at zero too, are added to what it says. The paper has the MLP alone.
         inner: False leaves the inner layer out, for preferences without capabilities: a routed base per task, one
@@ -118,6 +119,10 @@ class DMoERM(RewardModel):
     ) -> None:
         super().__init__()
         names = capability_names(schema, required=inner)
+        if aggregate == 0 and not residual:
+            raise UserError(
+                "aggregate=0 leaves no MLP to read the capabilities: set residual=true for a linear mixture"
+            )
         self.inner, self.phases = inner, 3 if inner else 1
         self.route, self.task_base, self.residual = route, task_base, residual
         for name, value in _layout(names, merged=route == "single").items():
@@ -135,7 +140,9 @@ class DMoERM(RewardModel):
         if inner:
             self.capability_adapters = self.backbone.adapt(targets, capabilities, **low_rank)
             self.capability_head = StackedLinear(capabilities, width, 1)
-            self.aggregator = Aggregator(models, self.members.shape[1], width, aggregate or width, residual)
+            self.aggregator = Aggregator(
+                models, self.members.shape[1], width, width if aggregate is None else aggregate, residual
+            )
             self.inner_experts = FixedRouter(capabilities, self.members.shape[1])
         self.outer: PromptRouter | None = None
         self.fixed = FixedRouter(len(names))
@@ -346,19 +353,21 @@ class Aggregator(nn.Module):
         tasks: T.
         capabilities: K; tasks that have fewer see zeros in the places of the others.
         dim: D.
-        hidden: width of the hidden layer.
-        residual: add the mean of the base's and the capabilities' rewards, and start at it.
+        hidden: width of the hidden layer; 0 for none.
+        residual: add the base's reward and a mixture of the capabilities', and start at the base's.
     """
 
     def __init__(self, tasks: int, capabilities: int, dim: int, hidden: int, residual: bool) -> None:
         super().__init__()
-        self.up, self.down = StackedLinear(tasks, capabilities * dim, hidden), StackedLinear(tasks, hidden, 1)
-        self.slope = nn.Parameter(torch.full((tasks,), 0.25))
-        self.residual = residual
+        self.hidden, self.residual = hidden, residual
+        if hidden:
+            self.up, self.down = StackedLinear(tasks, capabilities * dim, hidden), StackedLinear(tasks, hidden, 1)
+            self.slope = nn.Parameter(torch.full((tasks,), 0.25))
         if residual:
             self.mix = nn.Parameter(torch.zeros(tasks, capabilities))
             self.base = nn.Parameter(torch.ones(tasks))
-            nn.init.zeros_(self.down.weight)
+            if hidden:
+                nn.init.zeros_(self.down.weight)
 
     def forward(
         self,
@@ -369,6 +378,9 @@ class Aggregator(nn.Module):
         base: Float[Tensor, "rows"] | None = None,
     ) -> tuple[Float[Tensor, "rows"], Float[Tensor, "rows hidden"]]:
         """The reward and the hidden vector it is read from."""
+        if not self.hidden:
+            assert base is not None
+            return base * self.base[task] + (own * self.mix[task]).sum(-1), own
         every = self.up.wide(z.flatten(1))  # all tasks' MLPs: cheaper than sorting, and nothing beside the backbone
         h = every.gather(1, task[:, None, None].expand(-1, 1, every.shape[2])).squeeze(1)
         h = torch.where(h > 0, h, h * self.slope[task][:, None])

@@ -188,6 +188,19 @@ def test_phases_part_the_parameters(task_base):
             assert torch.equal(model.capability_head.weight[e], model.base_head.weight[t])
 
 
+def test_without_an_mlp_rewards_are_mixed_by_task():
+    model = make(task_base="lora", residual=True, aggregate=0, route="oracle")
+    given, _ = inputs()
+    output, base = model(**given), model(**given, phase=1).reward
+    task = given["task"].repeat_interleave(2)
+    want = base * model.aggregator.base[task]
+    want = want + (output.capability_rewards.nan_to_num() * model.aggregator.mix[task]).sum(1)
+    torch.testing.assert_close(output.reward, want, atol=1e-5, rtol=1e-4)
+    assert len(model.phase_parameters(3)) == 2
+    with pytest.raises(UserError, match="aggregate=0 leaves no MLP"):
+        make(aggregate=0)
+
+
 @pytest.mark.parametrize("task_base", BASES)
 def test_without_capabilities_the_outer_layer_is_left(task_base):
     bare = {"name": "qa", "capabilities": []}

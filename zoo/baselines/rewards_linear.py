@@ -46,6 +46,7 @@ class LinearRM(RewardModel):
         ngrams: longest n-gram, 1 or 2.
         buckets: n-grams share so many weights.
         ridge: penalty on w, per pair.
+        router_ridge: the same for the classifier.
         length: whether x has the log of the number of tokens.
 
     Raises:
@@ -63,15 +64,17 @@ class LinearRM(RewardModel):
         ngrams: int = 2,
         buckets: int = 16384,
         ridge: float = 1e-2,
+        router_ridge: float = 1e-3,
         length: bool = True,
     ) -> None:
         super().__init__()
-        if ngrams not in (1, 2) or buckets < 2 or ridge <= 0:
+        if ngrams not in (1, 2) or buckets < 2 or min(ridge, router_ridge) <= 0:
             raise UserError(f"ngrams={ngrams}, buckets={buckets}, ridge={ridge}: expected 1 or 2, more than 1, above 0")
         names = [task["name"] for task in schema["tasks"]]
         if route != "single" and not names:
             raise UserError(f"route={route} needs tasks, and the data names none; use route=single")
         self.route, self.ngrams, self.buckets, self.ridge, self.length = route, ngrams, buckets, ridge, length
+        self.router_ridge = router_ridge
         self.names = names
         self.fixed = FixedRouter(max(len(names), 1))
         self.register_buffer("weight", torch.zeros(1 if route == "single" else len(names), buckets + 1))
@@ -98,7 +101,7 @@ class LinearRM(RewardModel):
         if self.route != "single":
             known = (task >= 0).nonzero()[:, 0]
             seen = torch.cat(prompts).index_select(0, known).coalesce()
-            self.outer, self.outer_bias = _softmax_regression(seen, task[known], len(self.names), self.ridge)
+            self.outer, self.outer_bias = _softmax_regression(seen, task[known], len(self.names), self.router_ridge)
 
     def forward(
         self,
