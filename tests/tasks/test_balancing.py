@@ -267,5 +267,5 @@ def test_a_permutation_is_searched_in_the_first_steps_and_then_stays():
     assert torch.equal(learner.matrix().sum(0), torch.ones(4))
     with pytest.raises(UserError, match="no router of the model has a permutation"):
         fit(Toy(), [PermutationSearch()])
-    with pytest.raises(UserError, match="share=2.0"):
+    with pytest.raises(UserError, match=r"share=2\.0"):
         PermutationSearch(share=2.0)
