@@ -20,8 +20,8 @@ BACKENDS = get_args(Backend)
 _TRITON_IS_THERE = find_spec("triton") is not None
 FEW_ROWS = 4  # up to which "gather" wins without gradients
 # Forward and backward by "dense" take about 0.6 ms + 33 ps an element of its layers on an H100 in fp32 (18 cases, up to
-# a third off), "triton" 1.4 ms of launches. In bf16 "grouped" took 1.4 to 1.7 times as long as "dense" on an H200 in six
-# cases of 256 tokens, the largest of 2^24; none beyond was tried.
+# a third off), "triton" 1.4 ms of launches. In bf16 "grouped" took 1.4 to 1.7 times as long as "dense" on an H200 in
+# six cases of 256 tokens, the largest of 2^24; none beyond was tried.
 _FEW_ELEMENTS, _FEW_ELEMENTS_BF16 = 2**25, 2**24
 
 
