@@ -33,6 +33,7 @@ from .core.losses import batch_entropy, token_entropy
 
 ExpertKind = Literal["lstm", "gru", "tcn", "mlp"]
 Variant = Literal["mmoe", "ple", "shared_bottom"]
+Reading = Literal["tcn", "both", "history"]
 TASKS = ("longitudinal", "lateral", "intention")
 INTENTIONS = ("keep", "left", "right")
 
@@ -59,7 +60,8 @@ class TMMOE(ZooModel):
         experts: E; for `ple` those that all tasks share.
         expert_dim: D.
         expert_stride: experts read every so many frames of the TCN's outputs, each of which has seen those between.
-        read_history: experts read the history's frames beside the TCN's outputs, whose ReLUs blur what is measured.
+        experts_read: the experts' input: the TCN's outputs (`tcn`, the paper's), the history's frames beside them
+            (`both`: the TCN's ReLUs blur what is measured), or those frames alone (`history`: the TCN is the gates').
         variant: `mmoe` (a gate per task over all experts), `ple` (Tang et al. 2020: each task has
             `task_experts` of its own besides), `shared_bottom` (one expert, no gate).
         task_experts: experts of each task alone, for `ple`.
@@ -83,7 +85,7 @@ class TMMOE(ZooModel):
         experts: int = 4,
         expert_dim: int = 32,
         expert_stride: int = 4,
-        read_history: bool = False,
+        experts_read: Reading = "tcn",
         variant: Variant = "mmoe",
         task_experts: int = 1,
         tower: int = 64,
@@ -104,12 +106,13 @@ class TMMOE(ZooModel):
             )
         if expert_stride not in (strides := [2**level for level in range(layers)]):
             raise UserError(f"expert_stride={expert_stride}: with {layers} layers expected one of {strides}")
-        self.variant, self.expert, self.kernel, self.read_history = variant, expert, kernel, read_history
+        self.variant, self.expert, self.kernel, self.experts_read = variant, expert, kernel, experts_read
         self.expert_stride = strides[-1] if expert == "mlp" else expert_stride
         self.entropy_coef, self.balance_coef = entropy_coef, balance_coef
         own = task_experts if variant == "ple" else 0
         total = 1 if variant == "shared_bottom" else experts + own * len(TASKS)
-        inputs = channels + int(schema["num_features"]) if read_history else channels
+        features = int(schema["num_features"])
+        inputs = {"tcn": channels, "both": channels + features, "history": features}[experts_read]
         bottom = make_experts(expert, total, inputs, expert_dim, kernel)
         if variant == "shared_bottom":
             self.bottom = bottom
@@ -125,9 +128,9 @@ class TMMOE(ZooModel):
         """Predict from normalised history, whose last frame is now, and the current velocity (m/s)."""
         read = self.tcn(history, self.expert_stride)
         summary = read[:, -1]
-        if self.read_history:
+        if self.experts_read != "tcn":
             frames = history[:, (history.shape[1] - 1) % self.expert_stride :: self.expert_stride]
-            read = torch.cat([read, frames], -1)
+            read = frames if self.experts_read == "history" else torch.cat([read, frames], -1)
         if self.expert == "mlp":
             read = read[:, -1]
         elif self.expert == "tcn":

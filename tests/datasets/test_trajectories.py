@@ -10,6 +10,7 @@ from moezoo.datasets import trajectories_numpy, trajectories_sumo
 from moezoo.datasets.trajectories import TrajectoriesData
 from moezoo.errors import UserError
 from moezoo.settings import real_data_dir
+from moezoo.zoo.baselines.trajectories import ConstantVelocity
 
 RATE = 10.0
 
@@ -267,16 +268,21 @@ def test_us101_is_read_as_the_spec_counts_it():
 
 @pytest.mark.real
 def test_us101_constant_velocity_is_the_specs():
-    """Spec 7.2: RMSE along the road at 1, 2, 3 s, on vehicles whose hashed id is >= 0.75."""
+    """Spec 7.2, vehicles whose hashed id is >= 0.75: on along the road at its velocity, across it where one is."""
     data = us101(debounce=0.0)
     data.setup("fit")
     rows = torch.cat(list(data.rows.values()))
     batch = data.tracks.batch(rows, 31, 30)
     vehicle = dict(data.built.places.select("track", pl.col("vehicle").cast(pl.Int64)).unique().iter_rows())
     hashed = torch.tensor([vehicle[t] * 2654435761 % 2**32 / 2**32 for t in batch.track.tolist()])
-    assert (hashed >= 0.75).sum() == 807
     test = hashed >= 0.75
-    ahead = torch.tensor([1.0, 2.0, 3.0])
-    error = batch.velocity[test, None] * ahead[:, None] - batch.future[test][:, [9, 19, 29]]
-    rmse = error[..., 0].square().mean(0).sqrt()
-    assert rmse.tolist() == pytest.approx([0.608, 1.530, 2.690], rel=0.01)
+    assert test.sum() == 807
+    rule = ConstantVelocity(data.schema, lateral=False)
+    error = rule(batch.velocity[test], batch.lateral[test]).position - batch.future[test]
+    along, across = error[:, [9, 19, 29]].square().mean(0).sqrt().T
+    assert along.tolist() == pytest.approx([0.608, 1.530, 2.690], rel=0.01)
+    assert across.tolist() == pytest.approx([0.229, 0.385, 0.528], rel=0.01)
+    distance = error.norm(dim=-1)
+    assert float(distance.mean()) == pytest.approx(0.960, rel=0.01)  # ADE
+    assert float(distance[:, -1].mean()) == pytest.approx(2.224, rel=0.01)  # FDE
+    assert float((distance[:, -1] > 2).float().mean()) == pytest.approx(0.487, rel=0.01)  # miss rate

@@ -157,14 +157,16 @@ def test_one_expert_is_a_shared_bottom(expert):
     torch.testing.assert_close(one.intention, other.intention)
 
 
+@pytest.mark.parametrize("reading", ["both", "history"])
 @pytest.mark.parametrize("expert", KINDS)
-def test_experts_may_read_the_history_itself(expert):
+def test_experts_may_read_the_history_itself(expert, reading):
     torch.manual_seed(0)
-    model = stir(TMMOE(SCHEMA, **SMALL, expert=expert, read_history=True)).eval()
+    model = stir(TMMOE(SCHEMA, **SMALL, expert=expert, experts_read=reading)).eval()
     history, velocity = inputs()
-    frames = torch.cat([model.tcn(history), history], -1)[:, ::2]
+    frames = history if reading == "history" else torch.cat([model.tcn(history), history], -1)
+    frames = frames[:, ::2]
     read = {"mlp": frames[:, -1], "tcn": frames[:, -3:].mT}.get(expert, frames)
-    mixed, _ = model.mixture(read, frames[:, -1, :8])
+    mixed, _ = model.mixture(read, model.tcn(history)[:, -1])
     torch.testing.assert_close(model(history, velocity).position, model.towers(mixed, velocity, {}).position)
 
 
