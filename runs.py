@@ -23,7 +23,6 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
-from torch.utils.flop_counter import FlopCounterMode
 
 from . import recipes
 from .errors import UserError
@@ -32,6 +31,7 @@ from .tasks.base import BaseTask, TestResult
 from .tasks.telemetry import RoutingMonitor
 from .zoo import weights
 from .zoo.base import ZooModel
+from .zoo.core.flops import count_flops
 from .zoo.core.statistics import parameter_counts
 
 
@@ -333,15 +333,14 @@ def build_result(cli: RecipeCLI, request: Request, seconds: float) -> Result:
 
 
 def flops_per_sample(task: BaseTask, data: lightning.LightningDataModule) -> float:
-    """Floating-point operations of one forward for one sample, counted by torch on a test batch."""
+    """Floating-point operations of one forward for one sample, counted on a test batch."""
     batch = next(iter(data.test_dataloader()))
     batch = data.transfer_batch_to_device(batch, task.device, 0)
     training = task.training
     task.eval()  # what serving costs: no second view, no regulariser
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        task(batch)
+    total = count_flops(task, lambda: task(batch))
     task.train(training)
-    return float(counter.get_total_flops()) / len(batch[0])
+    return total / len(batch[0])
 
 
 def save_weights(model: ZooModel, folder: Path, result: Result) -> None:

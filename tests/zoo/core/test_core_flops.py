@@ -1,0 +1,21 @@
+"""The count of operations: what fused and routed products cost, to the digit."""
+
+import pytest
+import torch
+from moezoo.zoo.core import MLPExperts, MoE, TopKRouter
+from moezoo.zoo.core.flops import count_flops
+from torch import nn
+
+
+@pytest.mark.parametrize("backend", ["auto", "dense", "padded", "gather", "grouped", "segment"])
+def test_a_mixture_costs_its_gate_and_the_experts_chosen(backend):
+    layer = MoE(TopKRouter(32, 8, 2), MLPExperts(8, 32, 64), backend=backend).eval()
+    x = torch.randn(96, 32)
+    assert count_flops(layer, lambda: layer(x)) == 96 * 2 * (32 * 8 + 2 * 2 * 32 * 64)
+    assert layer.backend == backend
+
+
+def test_every_step_of_an_lstm_counts():
+    network = nn.Sequential(nn.LSTM(20, 64, num_layers=2, batch_first=True)).eval()
+    x = torch.randn(5, 31, 20)
+    assert count_flops(network, lambda: network(x)) == 5 * 31 * 2 * 4 * 64 * (20 + 64 + 64 + 64)

@@ -1,0 +1,51 @@
+"""Floating-point operations of a forward, with what torch's counter leaves out: fused LSTMs and grouped products."""
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .moe import MoE
+
+
+def count_flops(model: nn.Module, forward: Callable[[], Any]) -> int:
+    """Operations of `forward()`, which calls `model`, without gradients; a multiply-add is two.
+
+    Every `MoE` takes its segment backend meanwhile, which does what the router asked for and no more: the count says
+    what the model costs, not how much a batch of this size pads.
+    """
+    mapping = {torch.ops.aten.mkldnn_rnn_layer: _mkldnn_rnn, torch.ops.aten._cudnn_rnn: _cudnn_rnn}
+    with _exact(model), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        forward()
+    return int(counter.get_total_flops())
+
+
+@contextmanager
+def _exact(model: nn.Module) -> Any:
+    layers = [layer for layer in model.modules() if isinstance(layer, MoE)]
+    before = [layer.backend for layer in layers]
+    try:
+        for layer in layers:
+            layer.backend = "segment"
+        yield
+    finally:
+        for layer, backend in zip(layers, before, strict=True):
+            layer.backend = backend
+
+
+def _mkldnn_rnn(
+    x: Sequence[int], weight0: Sequence[int], weight1: Sequence[int], *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    return _recurrent(x, [weight0, weight1])
+
+
+def _cudnn_rnn(x: Sequence[int], weights: Sequence[Sequence[int]], *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return _recurrent(x, weights)
+
+
+def _recurrent(x: Sequence[int], weights: Sequence[Sequence[int]]) -> int:
+    """Every matrix of the cell meets every row of every time step; x is [time, batch, features] in either order."""
+    return 2 * x[0] * x[1] * sum(shape[0] * shape[1] for shape in weights if len(shape) == 2)
