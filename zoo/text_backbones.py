@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, require
 from .core import grouped_linear, make_plan
 from .core.adapters import AdapterChoice, Adapters, adapt
 from .core.dispatch import Plan, restore
@@ -364,14 +364,14 @@ def load_hugging_face(name: str, dtype: torch.dtype = torch.float32, pretrained:
     """transformers' model behind `minilm`, `smollm2` or `hf:...`, without a head.
 
     Raises:
-        UserError: transformers is missing, or the name cannot be loaded.
+        UserError: the package with the weights, transformers, or what it reads GGUF files with is missing, or the name
+            cannot be loaded.
     """
+    where, how = locate(name)
+    require(f"backbone={name}", "transformers", *(("accelerate", "gguf") if how else ()))
     try:
         from transformers import AutoConfig, AutoModel
-    except ImportError:
-        raise UserError(f"backbone={name} needs transformers: pip install 'moezoo[rewards]'") from None
-    where, how = locate(name)
-    try:
+
         if not pretrained:
             build: Any = AutoModel.from_config
             return build(AutoConfig.from_pretrained(where, **how), dtype=dtype)

