@@ -1,7 +1,8 @@
-"""Floating-point operations of a forward, with what torch's counter leaves out: fused LSTMs and grouped products."""
+"""Floating-point operations of a forward, with what torch's counter leaves out: fused LSTMs and products in place."""
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ def count_flops(model: nn.Module, forward: Callable[[], Any]) -> int:
     Every `MoE` takes its segment backend meanwhile, which does what the router asked for and no more: the count says
     what the model costs, not how much a batch of this size pads.
     """
-    mapping = {torch.ops.aten.mkldnn_rnn_layer: _mkldnn_rnn, torch.ops.aten._cudnn_rnn: _cudnn_rnn}
+    aten = torch.ops.aten
+    mapping = {aten.mkldnn_rnn_layer: _mkldnn_rnn, aten._cudnn_rnn: _cudnn_rnn}
+    mapping |= {aten.addmm_: _product, aten.baddbmm_: _product}
     with _exact(model), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         forward()
     return int(counter.get_total_flops())
@@ -44,6 +47,10 @@ def _mkldnn_rnn(
 
 def _cudnn_rnn(x: Sequence[int], weights: Sequence[Sequence[int]], *_: Any, out_shape: Any = None, **__: Any) -> int:
     return _recurrent(x, weights)
+
+
+def _product(_sum: Sequence[int], left: Sequence[int], right: Sequence[int], **_: Any) -> int:
+    return 2 * prod(left) * right[-1]
 
 
 def _recurrent(x: Sequence[int], weights: Sequence[Sequence[int]]) -> int:

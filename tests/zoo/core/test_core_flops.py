@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from moezoo.zoo.core import MLPExperts, MoE, TopKRouter
+from moezoo.zoo.core import DenseRouter, MLPExperts, MoE, RecurrentExperts, TopKRouter
 from moezoo.zoo.core.flops import count_flops
 from torch import nn
 
@@ -19,3 +19,9 @@ def test_every_step_of_an_lstm_counts():
     network = nn.Sequential(nn.LSTM(20, 64, num_layers=2, batch_first=True)).eval()
     x = torch.randn(5, 31, 20)
     assert count_flops(network, lambda: network(x)) == 5 * 31 * 2 * 4 * 64 * (20 + 64 + 64 + 64)
+
+
+def test_every_step_of_lstm_experts_counts():
+    layer = MoE(DenseRouter(20, 3), RecurrentExperts(3, 20, 16, last=True), backend="dense").eval()
+    experts, x = layer.experts, torch.randn(5, 31, 20)
+    assert count_flops(experts, lambda: experts.dense(x)) == 3 * 5 * 31 * 2 * 4 * 16 * (20 + 16)
