@@ -21,8 +21,8 @@ class Labels(NamedTuple):
     names: Sequence[str]
 
 
-def field_of(batch: Any, by: str, tokens: int) -> Float[Tensor, " tokens"] | Int[Tensor, " tokens"]:
-    """The field `by` of a batch, or its column `by:3`, as one number per routing token.
+def field_of(batch: Any, by: str, tokens: int, output: Any = None) -> Float[Tensor, " tokens"] | Int[Tensor, " tokens"]:
+    """The field `by` of a batch, or else of the model's output, or its column `by:3`, as one number per routing token.
 
     A field of fewer units than tokens, such as sessions of candidates, holds for all tokens of its unit.
 
@@ -30,10 +30,13 @@ def field_of(batch: Any, by: str, tokens: int) -> Float[Tensor, " tokens"] | Int
         UserError: there is no such field, or it does not fit the tokens.
     """
     name, _, column = by.partition(":")
-    fields = [f for f in getattr(batch, "_fields", ()) if isinstance(getattr(batch, f), Tensor)]
-    if name not in fields:
-        raise UserError(f"--by {name}: the batches have {', '.join(fields)}")
-    values: Tensor = getattr(batch, name)
+    home = batch if name in _tensors(batch) else output
+    if name not in _tensors(home):
+        raise UserError(
+            f"--by {name}: the batches have {', '.join(_tensors(batch))}"
+            + (f"; the output {', '.join(_tensors(output))}" if _tensors(output) else "")
+        )
+    values: Tensor = getattr(home, name)
     if column:
         if not column.isdigit() or values.ndim < 2 or int(column) >= values.shape[-1]:
             raise UserError(f"--by {by}: {name} has the shape {list(values.shape)}; a column is below its last size")
@@ -45,6 +48,10 @@ def field_of(batch: Any, by: str, tokens: int) -> Float[Tensor, " tokens"] | Int
             + (f"; name a column, such as {name}:0" if not column and values.ndim > 1 else "")
         )
     return flat.repeat_interleave(tokens // len(flat))
+
+
+def _tensors(fields: Any) -> list[str]:
+    return [f for f in getattr(fields, "_fields", ()) if isinstance(getattr(fields, f), Tensor)]
 
 
 def as_labels(values: Tensor) -> Labels:

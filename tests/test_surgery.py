@@ -1,5 +1,7 @@
 """`moezoo surgery` on shipped weights: what it takes away comes back, and mistakes are one line."""
 
+import json
+
 import pytest
 import torch
 from moezoo import cli, runs, surgery
@@ -15,11 +17,14 @@ def operate(capsys, *words):
     return code, printed.out, printed.err
 
 
-@pytest.mark.slow
-def test_a_pool_is_measured_switched_and_rounded_and_is_then_as_before():
-    request = runs.Request(config="stocks/miga_planted", overrides=["--trainer.limit_test_batches=1"])
+def mixture(config, *overrides):
     runs.quiet()
-    patient = surgery.Patient(request, None)
+    return surgery.Mixture(runs.Request(config=config, overrides=list(overrides)), None)
+
+
+@pytest.mark.slow
+def test_a_pool_is_measured_switched_rounded_and_merged_and_is_then_as_before():
+    patient = mixture("stocks/miga_planted", "--trainer.limit_test_batches=1", "--trainer.limit_val_batches=2")
     before = {name: value.clone() for name, value in patient.task.model.state_dict().items()}
     metrics = patient.test()
     calibration = patient.calibrate()
@@ -32,8 +37,25 @@ def test_a_pool_is_measured_switched_and_rounded_and_is_then_as_before():
     with patient.rounded([2] * 63):
         weight = patient.experts.layers[0].weight
         torch.testing.assert_close(weight[5], round_to_bits(before["groups.experts.layers.0.weight"][5], 2))
+    with patient.merged([[e] for e in range(61)] + [[61, 62]], calibration.load):
+        assert torch.equal(weight[61], weight[62]) and torch.equal(
+            weight[5], before["groups.experts.layers.0.weight"][5]
+        )
+    with patient.pruned_online(0.0, 0.0, 0.0) as counted:
+        assert patient.test() == metrics and counted["slots"] == 8 * counted["tokens"]
+    with patient.pruned_online(0.9, 0.0, 0.0) as counted:
+        assert patient.test() != metrics and counted["tokens"] < counted["slots"] < 8 * counted["tokens"]
     assert all(torch.equal(value, before[name]) for name, value in patient.task.model.state_dict().items())
     assert patient.test() == metrics and isinstance(patient.experts, MLPExperts)
+
+
+@pytest.mark.slow
+def test_experts_of_a_policy_are_watched_while_it_plays_and_cached_without_any_change(capsys):
+    patient = mixture("control/mentor", "--data.test_episodes=2", "--data.eval_episodes=2")
+    assert patient.calibrate().weights.shape == (2 * 100, 8)
+    words = ["offload", "--cache", "2,8", "--config", "control/mentor", "--data.test_episodes", "2"]
+    code, out, err = operate(capsys, *words)
+    assert code == 0 and out.count("+0.0000") == 3, (out, err)
 
 
 @pytest.mark.slow
@@ -42,8 +64,10 @@ def test_a_pool_is_measured_switched_and_rounded_and_is_then_as_before():
     [
         (["rank", "--top", "2"], ["as", "its share"]),
         (["switch", "--off", "0,3", "--on", "7"], ["off 0, 3; on 7"]),
-        (["prune", "--keep", "40,20"], ["40", "20", "63%"]),
-        (["quantise", "--bits", "4,2.5"], ["alike", "allocated", "4.00", "29%"]),
+        (["prune", "--keep", "40,20"], ["40", "20", "0.63"]),
+        (["quantise", "--bits", "4,2.5"], ["alike", "allocated", "4.00", "0.29"]),
+        (["merge", "--keep", "40"], ["merged", "pruned", "40"]),
+        (["online", "--beta", "0.5", "--skip", "0.1"], ["0.50", "0.10"]),
     ],
 )
 def test_each_verb_shows_a_row_for_each_variant(capsys, words, rows):
@@ -51,6 +75,26 @@ def test_each_verb_shows_a_row_for_each_variant(capsys, words, rows):
     assert code == 0, err
     for row in rows:
         assert row in out.replace("\n", " "), (row, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words, rows",
+    [
+        (["split", "--experts", "28", "--keep", "28,1"], ["28", "1.00", "0.04"]),
+        (["upcycle", "--experts", "4", "--top", "2"], ["upcycled"]),
+    ],
+)
+def test_a_dense_mlp_is_as_it_was_while_all_its_experts_answer(capsys, tmp_path, words, rows):
+    output = tmp_path / "deep" / "raw.json"
+    dense = ["--config", "stocks/miga_dense", "--trainer.limit_test_batches", "1", "--output", str(output)]
+    code, out, err = operate(capsys, *words, *dense)
+    assert code == 0 and all(row in out for row in rows), (out, err)
+    raw = json.loads(output.read_text())
+    assert raw["recipe"] == "stocks/miga_dense" and raw["headline"] == "rank_ic" and raw["n"] > 0
+    assert raw["rows"][0]["metrics"]["rank_ic"] == pytest.approx(raw["as trained"]["rank_ic"], abs=1e-5)
+    if words[0] == "split":
+        assert raw["rows"][1]["metrics"]["rank_ic"] != pytest.approx(raw["as trained"]["rank_ic"], abs=1e-5)
 
 
 @pytest.mark.slow
@@ -73,6 +117,10 @@ def test_the_map_shows_and_draws_what_experts_answer_to(capsys, tmp_path):
         (["quantise", "--bits", "0.5", *PLANTED], "the smallest of --choices is 1"),
         (["rank", *PLANTED, "--pool", "experts"], "has groups.experts"),
         (["rank", "--config", "ranking/din"], "no stacked experts"),
+        (["merge", "--keep", "2", "--config", "relations/moevrd"], "this needs MLPExperts"),
+        (["online", "--config", "ranking/awmoe"], "needs a router of the core"),
+        (["split", "--keep", "1", "--experts", "9", "--config", "stocks/miga_dense"], "divide the hidden width 616"),
+        (["upcycle", "--config", "ranking/awmoe_dense", "--part", "tower"], "no MLP with one hidden layer"),
     ],
 )
 def test_mistakes_on_a_patient_are_one_line(capsys, words, message):

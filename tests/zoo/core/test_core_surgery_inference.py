@@ -7,7 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moezoo.zoo.core import DenseRouter, MLPExperts, MoE, NullExpertRouter, TopKRouter, ZeroExpert
+from moezoo.zoo.core import (
+    DenseRouter,
+    Experts,
+    MLPExperts,
+    ModuleExperts,
+    MoE,
+    NullExpertRouter,
+    StackedLinear,
+    TopKRouter,
+    ZeroExpert,
+)
 from moezoo.zoo.core.dispatch import make_plan
 from moezoo.zoo.core.surgery import (
     OffloadedExperts,
@@ -15,18 +25,23 @@ from moezoo.zoo.core.surgery import (
     Response,
     allocate_bits,
     answers_by_label,
+    dense_mlps,
     expert_activity,
     expert_importance,
     expert_pools,
     masks_of,
     quantise_experts,
     rank_by_response,
+    replaced,
+    restored,
     round_to_bits,
     rounding_errors,
     routers_of,
     silenced_experts,
+    stacked_layers,
     stored_bits,
     switched_experts,
+    token_importance,
     watched_inputs,
 )
 from torch import nn
@@ -122,6 +137,44 @@ def test_answers_are_averaged_by_label():
     got = answers_by_label(weights, labels, 3)
     want = torch.tensor([[0.5, 0.0, 0.5], [0.25, 0.625, 0.125], [0.0, 0.0, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(got, want)
+
+
+def test_dense_mlps_are_found_and_parts_are_replaced_and_restored():
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), nn.Sequential(nn.Linear(2, 2)))
+    assert list(dense_mlps(model)) == ["0"]
+    x, part = torch.randn(5, 3), model[0]
+    before = model(x)
+    with replaced(model, "0", nn.Linear(3, 2)):
+        assert not torch.equal(model(x), before)
+    assert model[0] is part
+    with pytest.raises(ZeroDivisionError), restored(part):
+        part[0].weight.data.zero_()
+        raise ZeroDivisionError
+    assert torch.equal(model(x), before)
+
+
+def test_pools_of_any_stacked_layers_are_found_and_silenced():
+    class Pairs(Experts):
+        def __init__(self):
+            super().__init__(3)
+            self.down, self.up = StackedLinear(3, 4, 2), StackedLinear(3, 2, 5, bias=False)
+
+        def forward(self, x_sorted, plan, *, backend="auto"):
+            raise NotImplementedError
+
+        def dense(self, x, weights=None):
+            return self.up.batched(self.down.wide(x).transpose(0, 1)).transpose(0, 1)
+
+    pairs, x = Pairs(), torch.randn(6, 4)
+    pools = expert_pools(nn.ModuleDict({"pairs": pairs, "others": ModuleExperts([nn.Linear(4, 2) for _ in "ab"])}))
+    assert list(pools) == ["pairs"] and stacked_layers(pairs) == [pairs.down, pairs.up]
+    before = pairs.dense(x)
+    with silenced_experts(pairs, [1]):
+        assert (pairs.dense(x)[:, 1] == 0).all() and torch.equal(pairs.dense(x)[:, [0, 2]], before[:, [0, 2]])
+    quantise_experts(pairs, [16, 2, 16])
+    torch.testing.assert_close(pairs.up.weight[1], round_to_bits(pairs.up.weight[1], 2))
+    errors = rounding_errors(pairs, x, torch.ones(6, 3), [2, 16])
+    assert errors[0, 0] > 0 and (errors[:, 1] == 0).all()
 
 
 def test_pools_and_their_inputs_are_found_in_any_model():
@@ -257,6 +310,28 @@ def test_online_pruning_drops_the_weaker_of_two_where_the_stronger_is_sure():
     assert torch.isfinite(null(x).weights).all()
     with pytest.raises(ValueError, match="beta=2"):
         OnlinePruning(moe.router, beta=2.0)
+
+
+def test_online_pruning_skips_tokens_that_matter_least_and_spares_those_that_matter_most():
+    moe, x = mixture(), torch.randn(40, 6)
+    plain = moe.router(x)
+    router = OnlinePruning(moe.router, beta=1.0, skip=0.25, spare=0.25).eval()
+    order = x.abs().sum(1).argsort()
+    least, middle, most = order[:10], order[10:30], order[30:]
+    record = router(x)
+    assert (record.indices[least] == -1).all() and (record.weights[least] == 0).all()
+    assert (record.indices[middle, 0] >= 0).all() and (record.indices[middle, 1] == -1).all()
+    assert torch.equal(record.indices[most], plain.indices[most])
+    torch.testing.assert_close(record.weights[most], plain.weights[most])
+    paid = torch.rand(40)
+    mask = torch.arange(40) < 20
+    given = router(x, importance=token_importance(x, paid), token_mask=mask)
+    rank = (x.abs().sum(1) * paid)[:20].argsort()
+    assert (given.indices[20:] == -1).all() and (given.indices[rank[:5]] == -1).all()
+    assert (given.indices[rank[5:]] >= 0).any(1).all() and (given.indices[rank[-5:]] >= 0).all()
+    assert (router(x[:1]).indices[:, 0] >= 0).all() and router(x[:0]).indices.shape == (0, 2)  # one alone stays
+    with pytest.raises(ValueError, match="together at most 1"):
+        OnlinePruning(moe.router, skip=0.6, spare=0.6)
 
 
 # --- offload

@@ -1,7 +1,6 @@
 """Surgery on trained networks: dense ones become mixtures, mixtures become smaller, experts are read and switched."""
 
 from .bits import (
-    OnlinePruning,
     allocate_bits,
     expert_importance,
     quantise_experts,
@@ -11,8 +10,9 @@ from .bits import (
 )
 from .dense import read_mlp
 from .offload import OffloadedExperts
-from .pools import expert_pools, routers_of, watched_inputs
-from .prune import MergedRouter, group_alike, merge_experts, prune_experts, take_experts
+from .online import OnlinePruning, token_importance
+from .pools import dense_mlps, expert_pools, replaced, restored, routers_of, stacked_layers, watched_inputs
+from .prune import MergedRouter, average_experts, group_alike, merge_experts, prune_experts, take_experts
 from .split import EmergentRouter, balanced_clusters, split_mlp
 from .switch import (
     Response,
@@ -34,7 +34,9 @@ __all__ = [
     "Response",
     "allocate_bits",
     "answers_by_label",
+    "average_experts",
     "balanced_clusters",
+    "dense_mlps",
     "diversify_experts",
     "expert_activity",
     "expert_importance",
@@ -46,14 +48,18 @@ __all__ = [
     "quantise_experts",
     "rank_by_response",
     "read_mlp",
+    "replaced",
+    "restored",
     "round_to_bits",
     "rounding_errors",
     "routers_of",
     "silenced_experts",
     "split_mlp",
+    "stacked_layers",
     "stored_bits",
     "switched_experts",
     "take_experts",
+    "token_importance",
     "upcycle",
     "upcycle_mlp",
     "watched_inputs",

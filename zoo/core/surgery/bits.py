@@ -1,17 +1,14 @@
-"""Fewer bits for experts that matter less, and fewer experts for tokens that are sure: MC-MoE (Huang et al. 2024)."""
+"""Fewer bits for experts that matter less: MC-MoE (Huang et al. 2024)."""
 
 import copy
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..experts import MLPExperts
-from ..routing import Router, Routing
-from ..routing.router import ExpertMask
+from ..experts import Experts
+from .pools import stacked_layers
 
 FULL = 16  # from so many bits on, weights stay as they are
 
@@ -37,7 +34,7 @@ def round_to_bits(weight: Float[Tensor, "*rows inputs"], bits: int) -> Float[Ten
 
 
 @torch.no_grad()
-def quantise_experts(experts: MLPExperts, bits: Int[Tensor, "experts"] | Sequence[int]) -> None:
+def quantise_experts(experts: Experts, bits: Int[Tensor, "experts"] | Sequence[int]) -> None:
     """Round every expert's weights to its own number of bits, in place; biases stay.
 
     The numbers are those of a model of that size; stored and computed they are full ones still.
@@ -45,17 +42,17 @@ def quantise_experts(experts: MLPExperts, bits: Int[Tensor, "experts"] | Sequenc
     widths = torch.as_tensor(bits).tolist()
     if len(widths) != experts.num_experts:
         raise ValueError(f"{len(widths)} numbers of bits were given for {experts.num_experts} experts")
-    for layer in experts.layers:
-        weight = layer.get_parameter("weight")
+    for layer in stacked_layers(experts):
+        weight = layer.weight
         for e, width in enumerate(widths):
             weight[e] = round_to_bits(weight[e], width)
 
 
-def stored_bits(experts: MLPExperts, bits: Int[Tensor, "experts"] | Sequence[int]) -> int:
+def stored_bits(experts: Experts, bits: Int[Tensor, "experts"] | Sequence[int]) -> int:
     """What the experts take: their weights at their bits, two 16-bit numbers per quantised row, biases at 16."""
     total = 0
-    for layer in experts.layers:
-        weight = layer.get_parameter("weight")
+    for layer in stacked_layers(experts):
+        weight = layer.weight
         rows, columns = weight.shape[1], weight.shape[2]
         for width in torch.as_tensor(bits).tolist():
             total += rows * columns * min(width, FULL) + (0 if width >= FULL else 2 * 16 * rows)
@@ -65,7 +62,7 @@ def stored_bits(experts: MLPExperts, bits: Int[Tensor, "experts"] | Sequence[int
 
 @torch.no_grad()
 def rounding_errors(
-    experts: MLPExperts,
+    experts: Experts,
     x: Float[Tensor, "tokens dim"],
     weights: Float[Tensor, "tokens experts"],
     bits: Sequence[int],
@@ -148,54 +145,3 @@ def allocate_bits(
         state, width = came[state]
         chosen.append(width)
     return torch.tensor(chosen[::-1])
-
-
-class OnlinePruning(Router):
-    """Leaves out a token's lesser experts where its best one is far ahead: MC-MoE's dynamic pruning at inference.
-
-    A slot whose weight is less than `beta` times the token's greatest is dropped, and the others are scaled to the
-    same sum. MC-MoE's second rule, which spares unimportant tokens all experts, asks how much attention a token gets
-    and is not here.
-
-    Args:
-        router: the trained router; not dropped from in training.
-        beta: MC-MoE's 0.5 for two experts per token.
-    """
-
-    def __init__(self, router: Router, beta: float = 0.5) -> None:
-        super().__init__(router.num_experts, router.top_k, router.num_extra)
-        if not 0 <= beta <= 1:
-            raise ValueError(f"beta={beta} must lie in [0, 1]")
-        self.router = router
-        self.beta = beta
-
-    @property
-    def active_experts(self) -> float:
-        return self.router.active_experts
-
-    def forward(
-        self,
-        x: Float[Tensor, "tokens *features"],
-        *,
-        token_mask: Bool[Tensor, "tokens"] | None = None,
-        task_id: Int[Tensor, "tokens *slots"] | None = None,
-        expert_mask: ExpertMask | None = None,
-        state: Any = None,
-        **router_kw: Any,
-    ) -> Routing:
-        record: Routing = self.router(
-            x, token_mask=token_mask, task_id=task_id, expert_mask=expert_mask, state=state, **router_kw
-        )
-        if self.training:
-            return record
-        size = record.weights.abs()
-        dropped = size < self.beta * size.amax(1, keepdim=True)
-        kept = record.weights.masked_fill(dropped, 0.0)
-        total = kept.sum(1, keepdim=True)
-        scale = torch.where(total == 0, 1.0, record.weights.sum(1, keepdim=True) / total)
-        return dataclasses.replace(
-            record, weights=kept * scale, indices=record.indices.masked_fill(dropped, -1), dropless=False
-        )
-
-    def extra_repr(self) -> str:
-        return f"beta={self.beta}"

@@ -111,6 +111,27 @@ def merge_experts(
     The router stays: it decides among the old experts, and those of a group lead to the same new one. Members that
     compute the same function, be it with their neurons in another order, are merged without any change.
 
+    Args: see `average_experts`.
+    """
+    router, experts = _parts(moe)
+    merged = average_experts(experts, groups, usage, align)
+    target = torch.empty(experts.num_experts, dtype=torch.int64, device=next(experts.parameters()).device)
+    for g, group in enumerate(groups):
+        target[list(group)] = g
+    new = copy.deepcopy(moe)
+    new.router, new.experts = MergedRouter(copy.deepcopy(router), target), merged
+    return new
+
+
+@torch.no_grad()
+def average_experts(
+    experts: MLPExperts,
+    groups: Sequence[Sequence[int]],
+    usage: Float[Tensor, "experts"] | None = None,
+    align: bool = True,
+) -> MLPExperts:
+    """One expert per group, the average of its members.
+
     Args:
         groups: of experts, each expert in one; see `group_alike`.
         usage: how much each expert counts in the average, such as its load; alike by default.
@@ -118,7 +139,6 @@ def merge_experts(
             assignment by incoming and outgoing weights). Needs one hidden layer without gates; else members are
             averaged as they lie.
     """
-    router, experts = _parts(moe)
     total = experts.num_experts
     if sorted(e for group in groups for e in group) != list(range(total)):
         raise ValueError(f"groups={[list(g) for g in groups]} must contain each of {total} experts once")
@@ -139,12 +159,7 @@ def merge_experts(
         for name, parameter in merged.named_parameters():
             mean = sum(s * member[name].double() for s, member in zip(share, members, strict=True))
             parameter[g] = torch.as_tensor(mean).to(parameter)
-    target = torch.empty(total, dtype=torch.int64, device=device)
-    for g, group in enumerate(groups):
-        target[list(group)] = g
-    new = copy.deepcopy(moe)
-    new.router, new.experts = MergedRouter(copy.deepcopy(router), target), merged
-    return new
+    return merged
 
 
 def group_alike(similarity: Float[Tensor, "experts experts"], groups: int) -> list[list[int]]:

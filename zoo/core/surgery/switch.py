@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..experts import MLPExperts
+from ..experts import Experts
 from ..routing import ExpertMask, Router, Routing
+from .pools import restored
 
 Activity = dict[str, Float[Tensor, "experts"]]
 
@@ -45,21 +46,19 @@ def switched_experts(model: nn.Module, masks: Mapping[str, ExpertMask]) -> Itera
 
 
 @contextmanager
-def silenced_experts(experts: MLPExperts, off: Sequence[int]) -> Iterator[None]:
-    """Within the block, these experts answer zero: for gates that know no mask. Their routing weight goes to nobody."""
+def silenced_experts(experts: Experts, off: Sequence[int]) -> Iterator[None]:
+    """Within the block, these experts answer zero: for gates that know no mask. Their routing weight goes to nobody.
+
+    Args:
+        experts: one of `expert_pools`.
+    """
     if not all(0 <= e < experts.num_experts for e in off):
         raise ValueError(f"off={list(off)} must be experts out of 0 to {experts.num_experts - 1}")
-    layer = experts.layers[-1]
-    before = [(parameter, parameter.detach().clone()) for parameter in layer.parameters()]
-    try:
+    with restored(experts):
         with torch.no_grad():
-            for parameter, _ in before:
+            for parameter in experts.parameters():
                 parameter[list(off)] = 0.0
         yield
-    finally:
-        with torch.no_grad():
-            for parameter, old in before:
-                parameter.copy_(old)
 
 
 def expert_activity(records: Iterable[Mapping[str, Routing]]) -> Activity:
