@@ -98,8 +98,9 @@ class TMMOE(ZooModel):
         if experts < 1 or (variant == "ple" and task_experts < 1):
             raise UserError(f"experts={experts}, task_experts={task_experts}: expected at least 1 of each")
         history = int(schema["history"])
-        self.tcn = TCN(int(schema["num_features"]), channels, kernel, layers, dropout)
-        if self.tcn.receptive_field < history:
+        blind = variant == "shared_bottom" and experts_read == "history"  # nobody would read the TCN
+        self.tcn = None if blind else TCN(int(schema["num_features"]), channels, kernel, layers, dropout)
+        if self.tcn is not None and self.tcn.receptive_field < history:
             raise UserError(
                 f"kernel={kernel}, layers={layers}: the TCN sees {self.tcn.receptive_field} frames of a history of "
                 f"{history}; give more layers or a larger kernel"
@@ -126,11 +127,15 @@ class TMMOE(ZooModel):
         self, history: Float[Tensor, "batch time features"], velocity: Float[Tensor, "batch 2"]
     ) -> TrajectoryOutput:
         """Predict from normalised history, whose last frame is now, and the current velocity (m/s)."""
-        read = self.tcn(history, self.expert_stride)
-        summary = read[:, -1]
-        if self.experts_read != "tcn":
-            frames = history[:, (history.shape[1] - 1) % self.expert_stride :: self.expert_stride]
-            read = frames if self.experts_read == "history" else torch.cat([read, frames], -1)
+        frames = history[:, (history.shape[1] - 1) % self.expert_stride :: self.expert_stride]
+        if self.tcn is None:
+            read, summary = frames, frames[:, -1]  # no gate will look
+        elif self.experts_read == "history":
+            read, summary = frames, self.tcn.summary(history)
+        else:
+            seen = self.tcn(history, self.expert_stride)
+            read = seen if self.experts_read == "tcn" else torch.cat([seen, frames], -1)
+            summary = seen[:, -1]
         if self.expert == "mlp":
             read = read[:, -1]
         elif self.expert == "tcn":
