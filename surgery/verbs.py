@@ -201,7 +201,7 @@ def expert_map(request: runs.Request, known: Known) -> None:
             values.append(field_of(call.batch, known.by, len(record.scores), call.output).cpu())
 
     patient.watch(keep)
-    labels = as_labels(torch.cat(values))
+    labels = as_labels(torch.cat(values), patient.task.value_names(known.by))
     weight = torch.cat(weights)
     share = answers_by_label(weight, labels.values, len(labels.names))
     routed = weight.abs().sum(1) > 0
@@ -211,7 +211,7 @@ def expert_map(request: runs.Request, known: Known) -> None:
         best = share[row].argsort(descending=True)[:3].tolist()
         tokens = int((labels.values[routed] == row).sum())
         table.add_row(name, f"{tokens:,}", ", ".join(f"{e}: {float(share[row, e]):.1%}" for e in best))
-    draw_answers(share, labels.names, f"{patient.cli.name}: experts by {known.by}", known.output)
+    draw_answers(share, labels.names, patient.cli.name, known.output, known.by)
     console = Console()
     console.print(table)
     console.print(f"normalised mutual information of {known.by} and the top expert: {spread:.3f}")

@@ -1,6 +1,6 @@
 """What every task shares: model and optimiser by injection, routing losses, test results, pictures."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -92,6 +92,10 @@ class BaseTask(lightning.LightningModule):
         """Keep the routing for telemetry and return its balance losses, which count with weight 1."""
         self.routing = {name: record.detach() for name, record in routing.items()}
         return sum((record.aux_loss for record in routing.values()), 0.0)
+
+    def value_names(self, field: str) -> Sequence[str] | None:
+        """What the whole numbers of a field of the batches stand for, or of its column `field:3`; None if nothing."""
+        return None
 
     def draw(self, folder: Path) -> list[Path]:
         """Draw the last test's pictures into `folder`; returns what was drawn."""

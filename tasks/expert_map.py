@@ -54,8 +54,12 @@ def _tensors(fields: Any) -> list[str]:
     return [f for f in getattr(fields, "_fields", ()) if isinstance(getattr(fields, f), Tensor)]
 
 
-def as_labels(values: Tensor) -> Labels:
-    """Whole numbers by themselves, the commonest `MAX_LABELS` of them; others in fifths. -1 for what has no label."""
+def as_labels(values: Tensor, names: Sequence[str] | None = None) -> Labels:
+    """Whole numbers by themselves, the commonest `MAX_LABELS` of them; others in fifths. -1 for what has no label.
+
+    Args:
+        names: what whole numbers from 0 are called.
+    """
     known = values.isfinite()
     if not bool((values[known] == values[known].round()).all()):
         return _fifths(values.double(), known)
@@ -63,7 +67,8 @@ def as_labels(values: Tensor) -> Labels:
     common = counts.argsort(descending=True, stable=True)[:MAX_LABELS].sort().values
     rank = torch.full((len(found),), -1).scatter(0, common, torch.arange(len(common)))
     labels = torch.full(values.shape, -1).masked_scatter(known, rank[place])
-    return Labels(labels, [str(v) for v in found[common].tolist()])
+    called = {} if names is None else dict(enumerate(names))
+    return Labels(labels, [called.get(v, str(v)) for v in found[common].tolist()])
 
 
 def _fifths(values: Tensor, known: Tensor) -> Labels:
@@ -74,7 +79,9 @@ def _fifths(values: Tensor, known: Tensor) -> Labels:
     return Labels(bins, [f"{low:.3g} to {high:.3g}" for low, high in between])
 
 
-def draw_answers(share: Float[Tensor, "labels experts"], names: Sequence[str], title: str, path: Path) -> None:
+def draw_answers(
+    share: Float[Tensor, "labels experts"], names: Sequence[str], title: str, path: Path, by: str = ""
+) -> None:
     """A heat map, labels down and experts across, of each label's share against the mean over labels."""
     from matplotlib.figure import Figure
 
@@ -86,7 +93,7 @@ def draw_answers(share: Float[Tensor, "labels experts"], names: Sequence[str], t
     image = axes.imshow(lift.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
     axes.set_yticks(range(len(names)), names)
     axes.set_xticks(range(0, share.shape[1], 1 + share.shape[1] // 24))
-    axes.set(xlabel="expert", title=title)
-    figure.colorbar(image, ax=axes, label="share of weight less mean")
+    axes.set(xlabel="expert", ylabel=by, title=title)
+    figure.colorbar(image, ax=axes, label="share of weight, less the mean of the rows")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -161,6 +161,16 @@ class RankingTask(BaseTask):
         }
         return pl.DataFrame({name: values[mask].cpu().numpy() for name, values in columns.items()})
 
+    def value_names(self, field: str) -> list[str] | None:
+        """Those of the data's vocabulary; known after a test, as the datamodule is."""
+        name, _, column = field.partition(":")
+        known = {"candidates": "fields", "query": "query"}.get(name)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if known is None or data is None:
+            return None
+        names: list[str] = data.names(self.schema[known][int(column or 0)])
+        return names
+
     def draw(self, folder: Path) -> list[Path]:
         """AUC by history length, and who the gate listens to in each category."""
         from . import ranking_plots

@@ -186,6 +186,10 @@ class RelationsTask(BaseTask):
         columns |= {f"gate_{e}": values.double().numpy() for e, values in enumerate(gates.unbind(1))}
         return pl.DataFrame(columns, schema_overrides=_PREDICTED)
 
+    def value_names(self, field: str) -> list[str] | None:
+        """The classes of objects, background last."""
+        return [*self.schema["objects"], "background"] if field in ("subject_class", "object_class") else None
+
     def draw(self, folder: Path) -> list[Path]:
         """Relations over time, average precision of each predicate, and which expert each domain uses."""
         from . import relations_plots

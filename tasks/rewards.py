@@ -252,6 +252,10 @@ class RewardsTask(BaseTask):
             columns |= self._by_capability(seen, chosen)
         return pl.DataFrame(columns)
 
+    def value_names(self, field: str) -> list[str] | None:
+        """The tasks."""
+        return self.tasks if field == "task" else None
+
     def draw(self, folder: Path) -> list[Path]:
         """Accuracy by task and capability, the router's confusion, the best-of-n curve and the length bias."""
         from .rewards_plots import draw

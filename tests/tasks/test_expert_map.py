@@ -15,6 +15,10 @@ class Batch(NamedTuple):
     note: str = ""
 
 
+class Output(NamedTuple):
+    action: torch.Tensor
+
+
 BATCH = Batch(torch.tensor([7, 9]), torch.arange(12).view(2, 3, 2), torch.arange(6.0).view(2, 3))
 
 
@@ -58,6 +62,15 @@ def test_real_numbers_that_are_whole_are_labels():
     assert labels.names == ["0", "1"] and labels.values.tolist() == [1, 0, -1, 1]
     assert as_labels(torch.ones(7)).values.tolist() == [0] * 7
     assert as_labels(torch.full((3,), torch.nan)).values.tolist() == [-1] * 3
+
+
+def test_whole_numbers_have_names_where_they_are_known_and_the_output_has_fields_too():
+    found = as_labels(torch.tensor([0, 2, 2, 5]), ["disk", "star", "ring"])
+    assert found.names == ["disk", "ring", "5"] and found.values.tolist() == [0, 1, 1, 2]
+    output = Output(torch.arange(6.0)[:, None])
+    assert field_of(BATCH, "action:0", 6, output).tolist() == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(UserError, match="the output action"):
+        field_of(BATCH, "colour", 6, output)
 
 
 def test_the_picture_is_drawn(tmp_path):

@@ -13,6 +13,12 @@ GATED: dict[str, Literal["relu", "gelu", "silu"]] = {"reglu": "relu", "geglu": "
 _aten = torch.ops.aten
 
 
+def check_ungated(act: str) -> None:
+    """Refuse an activation that halves what it is given."""
+    if act not in ACTIVATIONS or act in GATED:
+        raise ValueError(f"act={act!r} must be one of {', '.join(a for a in ACTIVATIONS if a not in GATED)}")
+
+
 def activate(z: Tensor, act: Activation) -> Tensor:
     """`act(z)`; a gated one is `act(z_1) · z_2` over the two halves of the last dimension (Shazeer 2020)."""
     if act in GATED:

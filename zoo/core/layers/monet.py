@@ -1,18 +1,19 @@
 """Monet: √E · √E experts put together from 2 √E halves (Park et al. 2024)."""
 
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..activations import ACTIVATIONS, GATED, Activation, activate
+from ..activations import Activation, activate, check_ungated
 from ..routing import Routing
 from ..routing.gates import linear_logits
 from ..routing.router import full_precision
+from .base import TokenLayer
 
 
-class Monet(nn.Module):
+class Monet(TokenLayer):
     """n² experts of width `hidden`, all combinations of n first and n second halves, for the price of 2n.
 
     Per head h two gates choose among n: `g = softmax over those logits above a threshold`, where the threshold is
@@ -51,8 +52,7 @@ class Monet(nn.Module):
             raise ValueError(f"form={form!r} must be 'horizontal' or 'vertical'")
         if form == "vertical" and (hidden % 2 or out % 2):
             raise ValueError(f'form="vertical" halves hidden={hidden} and the output width {out}: both must be even')
-        if act not in ACTIVATIONS or act in GATED:
-            raise ValueError(f"act={act!r} must be one of {', '.join(a for a in ACTIVATIONS if a not in GATED)}")
+        check_ungated(act)
         if not 1 <= top_k < side:
             raise ValueError(f"top_k={top_k} must lie between 1 and side={side} less 1")
         self.side, self.hidden, self.heads, self.top_k, self.form = side, hidden, heads, top_k, form
@@ -69,28 +69,14 @@ class Monet(nn.Module):
         self.second = nn.Parameter(torch.empty(groups, side, out // groups, hidden).uniform_(-bound, bound))
         self.second_bias = nn.Parameter(torch.empty(groups, side, out // groups).uniform_(-bound, bound))
 
-    @overload
-    def forward(
-        self, x: Float[Tensor, "*batch dim"], return_routing: Literal[False] = False
-    ) -> Float[Tensor, "*batch out"]: ...
-
-    @overload
-    def forward(
-        self, x: Float[Tensor, "*batch dim"], return_routing: Literal[True]
-    ) -> tuple[Float[Tensor, "*batch out"], Routing]: ...
-
-    def forward(
-        self, x: Float[Tensor, "*batch dim"], return_routing: bool = False
-    ) -> Float[Tensor, "*batch out"] | tuple[Float[Tensor, "*batch out"], Routing]:
+    def run(self, x: Float[Tensor, "tokens dim"], record: bool) -> tuple[Float[Tensor, "tokens out"], Routing | None]:
         """The record is over the n first halves, then the n second ones, as if each were an expert."""
-        tokens = x.reshape(-1, x.shape[-1])
         with full_precision(x):
-            logits = self._logits(tokens)
+            logits = self._logits(x)
             gates = self._gates(logits)
-        one, two = gates.to(tokens.dtype).unbind(1)
-        y = (self._horizontal if self.form == "horizontal" else self._vertical)(tokens, one, two)
-        y = y.reshape(*x.shape[:-1], y.shape[1])
-        return (y, self._record(logits, gates)) if return_routing else y
+        one, two = gates.to(x.dtype).unbind(1)
+        y = (self._horizontal if self.form == "horizontal" else self._vertical)(x, one, two)
+        return y, self._record(logits, gates) if record else None
 
     def _logits(self, x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens 2 heads side"]:
         raw = linear_logits(x, self.gate)

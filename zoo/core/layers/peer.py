@@ -1,21 +1,21 @@
 """PEER: a million experts of one neuron each (He 2024)."""
 
 from collections.abc import Iterator
-from typing import Literal, overload
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..activations import ACTIVATIONS, GATED, Activation, activate
+from ..activations import Activation, activate, check_ungated
 from ..dispatch import sum_bags
 from ..losses import cv_squared
 from ..routing import Routing
 from ..routing.product_key import ProductKeys, product_top_k
 from ..routing.router import full_precision
+from .base import TokenLayer
 
 
-class PEER(nn.Module):
+class PEER(TokenLayer):
     """`y = Σ_heads Σ_e softmax(s)_e · act(u_e · x) v_e` over the `top_k` best of n² experts per head.
 
     Expert e is one neuron: a vector u_e in, a vector v_e out. Scores s are sums of a row's and a column's
@@ -45,8 +45,7 @@ class PEER(nn.Module):
         side = round(num_experts**0.5)
         if side * side != num_experts:
             raise ValueError(f"num_experts={num_experts} must be a square number, such as {side * side}")
-        if act not in ACTIVATIONS or act in GATED:
-            raise ValueError(f"act={act!r} must be one of {', '.join(a for a in ACTIVATIONS if a not in GATED)}")
+        check_ungated(act)
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}")
         self.num_experts, self.top_k, self.act, self.balance_coef = num_experts, top_k, act, balance_coef
@@ -60,30 +59,17 @@ class PEER(nn.Module):
         share = min(self.keys.row_keys.shape[0] * self.top_k / self.num_experts, 1.0)
         yield from ((self.down, share), (self.up, share))
 
-    @overload
-    def forward(
-        self, x: Float[Tensor, "*batch dim"], return_routing: Literal[False] = False
-    ) -> Float[Tensor, "*batch out"]: ...
-
-    @overload
-    def forward(
-        self, x: Float[Tensor, "*batch dim"], return_routing: Literal[True]
-    ) -> tuple[Float[Tensor, "*batch out"], Routing]: ...
-
-    def forward(
-        self, x: Float[Tensor, "*batch dim"], return_routing: bool = False
-    ) -> Float[Tensor, "*batch out"] | tuple[Float[Tensor, "*batch out"], Routing]:
+    def run(self, x: Float[Tensor, "tokens dim"], record: bool) -> tuple[Float[Tensor, "tokens out"], Routing | None]:
         """The record is over the n rows, then the n columns, as if each were an expert: n² columns would not fit."""
-        tokens = x.reshape(-1, x.shape[-1])
         with full_precision(x):
-            rows, columns = self.keys(tokens)
+            rows, columns = self.keys(x)
             best, expert = product_top_k(rows, columns, self.top_k)
             weights = best.softmax(-1).flatten(1)
         expert = expert.flatten(1)
-        hidden = torch.einsum("nd,nsd->ns", tokens, self.down[expert].to(tokens.dtype))
-        share = (weights * activate(hidden, self.act).to(weights.dtype)).to(tokens.dtype)
-        y = _weighted_rows(self.up, expert, share).reshape(*x.shape[:-1], self.up.shape[1])
-        return (y, self._record(rows, columns, weights, expert)) if return_routing else y
+        hidden = torch.einsum("nd,nsd->ns", x, self.down[expert].to(x.dtype))
+        share = (weights * activate(hidden, self.act).to(weights.dtype)).to(x.dtype)
+        y = _weighted_rows(self.up, expert, share)
+        return y, self._record(rows, columns, weights, expert) if record else None
 
     def _record(self, rows: Tensor, columns: Tensor, weights: Tensor, expert: Tensor) -> Routing:
         side, heads = rows.shape[-1], rows.shape[1]

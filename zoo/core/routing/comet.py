@@ -1,19 +1,16 @@
 """COMET: k trees that route (Ibrahim et al. 2023)."""
 
-from typing import Any
-
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
-from .gates import Gate, LinearGate
+from .gates import Gate
 from .permutation import PermutationLearner
-from .record import Routing
-from .router import ExpertMask, Router, drop_padding, full_precision
-from .slots import selection_entropy, slots_of, smooth_step, without_switched_off
+from .selectors import Selection, SelectorRouter
+from .slots import smooth_step
 
 
-class CometRouter(Router):
+class CometRouter(SelectorRouter):
     """Each of k binary trees leads the token to a leaf, and leaf e is expert e.
 
     Every inner node of tree i sends the share `S(v · x + b)` of what reaches it right and the rest left, with the
@@ -36,6 +33,8 @@ class CometRouter(Router):
     Losses are zero outside training.
     """
 
+    FORMULA = "k (2E - 1)"
+
     def __init__(
         self,
         dim: int,
@@ -47,56 +46,24 @@ class CometRouter(Router):
         gate: Gate | None = None,
         permutation: PermutationLearner | None = None,
     ) -> None:
-        super().__init__(num_experts, top_k)
-        if gamma <= 0:
-            raise ValueError(f"gamma={gamma} must be positive")
-        outputs = top_k * (2 * num_experts - 1)
-        if gate is None:
-            gate = LinearGate(dim, outputs, bias=True)
-            nn.init.uniform_(gate.weight, -gamma / 100, gamma / 100)
-        if gate.out_features != outputs:
-            raise ValueError(f"the gate gives {gate.out_features} numbers, but k (2E - 1) = {outputs} are needed")
-        self.gate = gate
-        self.gamma = gamma
-        self.entropy_coef = entropy_coef
-        self.sparse_eval = sparse_eval
-        self.permutation = permutation
-
-    def forward(
-        self,
-        x: Float[Tensor, "tokens *features"],
-        *,
-        token_mask: Bool[Tensor, "tokens"] | None = None,
-        task_id: Int[Tensor, "tokens *slots"] | None = None,
-        expert_mask: ExpertMask | None = None,
-        state: Any = None,
-    ) -> Routing:
-        """`expert_mask` can only switch experts off."""
-        with full_precision(x):
-            numbers = self.gate(x, task_id).unflatten(1, (self.top_k, 2 * self.num_experts - 1))
-            nodes, leaves = numbers.split([self.num_experts - 1, self.num_experts], dim=-1)
-            reached = leaf_shares(smooth_step(nodes, self.gamma))
-            scores = _reweighted(reached, leaves).sum(1)
-            aux_loss = scores.new_zeros(())
-            if self.training and self.entropy_coef != 0:
-                aux_loss = aux_loss + self.entropy_coef * selection_entropy(reached, token_mask)
-            if self.permutation is not None:
-                scores, penalty = self.permutation(scores)
-                aux_loss = aux_loss + penalty
-            weights = without_switched_off(scores, expert_mask)
-            weights, indices = slots_of(weights, self.top_k if self.sparse_eval and not self.training else None)
-            weights, indices = drop_padding(weights, indices, token_mask)
-        return Routing(
-            weights=weights,
-            indices=indices,
-            scores=scores,
-            logits=scores.clamp_min(1e-30).log(),
-            aux_loss=aux_loss,
-            state=state,
+        super().__init__(
+            dim,
+            num_experts,
+            top_k,
+            top_k * (2 * num_experts - 1),
+            gamma,
+            entropy_coef,
+            sparse_eval,
+            gate,
+            permutation,
         )
 
-    def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, top_k={self.top_k}, gamma={self.gamma}"
+    def select(self, numbers: Float[Tensor, "tokens outputs"]) -> Selection:
+        """What reaches the leaves, and the weights."""
+        trees = numbers.unflatten(1, (self.top_k, 2 * self.num_experts - 1))
+        nodes, leaves = trees.split([self.num_experts - 1, self.num_experts], dim=-1)
+        reached = leaf_shares(smooth_step(nodes, self.gamma))
+        return Selection(reached, _reweighted(reached, leaves).sum(1))
 
 
 def leaf_shares(right: Float[Tensor, "*rows nodes"]) -> Float[Tensor, "*rows leaves"]:

@@ -1,19 +1,16 @@
 """Dense-to-sparse gating: all experts at first, one in the end (EvoMoE, Nie et al. 2022)."""
 
-from typing import Any
-
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..losses import density_balance_loss
 from .gates import Gate
-from .record import Routing
-from .router import OFF, ExpertMask, GatedRouter, choose, drop_padding, full_precision, softmax_over_experts
+from .router import OFF, Choice, ChoosingRouter, ExpertMask, choose, softmax_over_experts
 from .slots import slots_of
 
 
-class DenseToSparseRouter(GatedRouter):
+class DenseToSparseRouter(ChoosingRouter):
     """Weights are a Gumbel-softmax of the logits, and those below a threshold are left out.
 
     In training `g = softmax((l + Gumbel noise) / τ)`, and a token uses the experts with `g > threshold`, with weight
@@ -51,42 +48,25 @@ class DenseToSparseRouter(GatedRouter):
         self.threshold = threshold
         self.aux_coef = aux_coef
 
-    def forward(
+    def choice(
         self,
-        x: Float[Tensor, "tokens *features"],
-        *,
-        token_mask: Bool[Tensor, "tokens"] | None = None,
-        task_id: Int[Tensor, "tokens *slots"] | None = None,
-        expert_mask: ExpertMask | None = None,
-        state: Any = None,
-    ) -> Routing:
+        logits: Float[Tensor, "tokens experts"],
+        token_mask: Bool[Tensor, "tokens"] | None,
+        expert_mask: ExpertMask | None,
+    ) -> Choice:
         """In training `expert_mask` can only switch experts off."""
-        with full_precision(x):
-            logits = self.gate_logits(x, task_id, expert_mask)
-            aux_loss = logits.new_zeros(())
-            if self.training:
-                noise = torch.empty_like(logits).exponential_().log()  # minus Gumbel noise
-                scores = softmax_over_experts((logits - noise) / self.temperature)
-                kept = scores > self.threshold
-                weights, indices = slots_of(scores.masked_fill(~kept, 0.0))
-                if self.aux_coef != 0:
-                    aux_loss = self.aux_coef * density_balance_loss(scores, kept, token_mask)
-            else:
-                scores = softmax_over_experts(logits / self.temperature)
-                indices = choose(logits, self.top_k, expert_mask)
-                idle = indices < 0
-                chosen = logits.gather(1, indices.clamp_min(0)).masked_fill(idle, OFF)
-                weights = softmax_over_experts(chosen / self.temperature).masked_fill(idle, 0.0)
-            weights, indices = drop_padding(weights, indices, token_mask)
-        return Routing(
-            weights=weights,
-            indices=indices,
-            scores=scores,
-            logits=logits,
-            aux_loss=aux_loss,
-            state=state,
-            dropless=not self.training and token_mask is None and expert_mask is None,
-        )
+        if self.training:
+            noise = torch.empty_like(logits).exponential_().log()  # minus Gumbel noise
+            scores = softmax_over_experts((logits - noise) / self.temperature)
+            kept = scores > self.threshold
+            weights, indices = slots_of(scores.masked_fill(~kept, 0.0))
+            aux_loss = self.aux_coef * density_balance_loss(scores, kept, token_mask) if self.aux_coef else None
+            return Choice(scores, weights, indices, aux_loss, full=False)
+        indices = choose(logits, self.top_k, expert_mask)
+        idle = indices < 0
+        chosen = logits.gather(1, indices.clamp_min(0)).masked_fill(idle, OFF)
+        weights = softmax_over_experts(chosen / self.temperature).masked_fill(idle, 0.0)
+        return Choice(softmax_over_experts(logits / self.temperature), weights, indices)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, top_k={self.top_k}, temperature={self.temperature}"

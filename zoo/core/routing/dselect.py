@@ -1,20 +1,18 @@
 """DSelect-k: differentiable selection of k experts (Hazimeh et al. 2021)."""
 
 import math
-from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Bool, Float
+from torch import Tensor
 
-from .gates import Gate, LinearGate
+from .gates import Gate
 from .permutation import PermutationLearner
-from .record import Routing
-from .router import ExpertMask, Router, drop_padding, full_precision
-from .slots import selection_entropy, slots_of, smooth_step, without_switched_off
+from .selectors import Selection, SelectorRouter
+from .slots import smooth_step
 
 
-class DSelectKRouter(Router):
+class DSelectKRouter(SelectorRouter):
     """k selectors each pick an expert by its binary number, bit by bit; smooth while they learn, then exact.
 
     With m = ⌈log₂ E⌉ bits, `z_i = W_i x` in R^m and the smooth step S, selector i gives expert e the share
@@ -39,6 +37,8 @@ class DSelectKRouter(Router):
     Losses are zero outside training.
     """
 
+    FORMULA = "k (⌈log₂ E⌉ + 1)"
+
     def __init__(
         self,
         dim: int,
@@ -51,54 +51,37 @@ class DSelectKRouter(Router):
         gate: Gate | None = None,
         permutation: PermutationLearner | None = None,
     ) -> None:
-        super().__init__(num_experts, top_k)
-        if gamma <= 0:
-            raise ValueError(f"gamma={gamma} must be positive")
-        self.bits = math.ceil(math.log2(num_experts))
-        outputs = top_k * (self.bits + 1)
-        if gate is None:
-            gate = LinearGate(dim, outputs, bias=True)
-            nn.init.uniform_(gate.weight, -gamma / 100, gamma / 100)
-        if gate.out_features != outputs:
-            raise ValueError(f"the gate gives {gate.out_features} numbers, but k (⌈log₂ E⌉ + 1) = {outputs} are needed")
-        self.gate = gate
-        self.gamma = gamma
-        self.entropy_coef = entropy_coef
-        self.code_coef = code_coef
-        self.sparse_eval = sparse_eval
-        self.permutation = permutation
-
-    def forward(
-        self,
-        x: Float[Tensor, "tokens *features"],
-        *,
-        token_mask: Bool[Tensor, "tokens"] | None = None,
-        task_id: Int[Tensor, "tokens *slots"] | None = None,
-        expert_mask: ExpertMask | None = None,
-        state: Any = None,
-    ) -> Routing:
-        """`expert_mask` can only switch experts off."""
-        with full_precision(x):
-            numbers = self.gate(x, task_id)
-            bits = numbers[:, : self.top_k * self.bits].unflatten(1, (self.top_k, self.bits))
-            shares = self._shares(smooth_step(bits, self.gamma))
-            mixture = numbers[:, self.top_k * self.bits :].softmax(-1)
-            scores = (mixture[..., None] * shares).sum(1)
-            aux_loss = self._aux_loss(shares, token_mask)
-            if self.permutation is not None:
-                scores, penalty = self.permutation(scores)
-                aux_loss = aux_loss + penalty
-            weights = without_switched_off(scores, expert_mask)
-            weights, indices = slots_of(weights, self.top_k if self.sparse_eval and not self.training else None)
-            weights, indices = drop_padding(weights, indices, token_mask)
-        return Routing(
-            weights=weights,
-            indices=indices,
-            scores=scores,
-            logits=scores.clamp_min(1e-30).log(),
-            aux_loss=aux_loss,
-            state=state,
+        self.bits = math.ceil(math.log2(max(num_experts, 1)))
+        super().__init__(
+            dim,
+            num_experts,
+            top_k,
+            top_k * (self.bits + 1),
+            gamma,
+            entropy_coef,
+            sparse_eval,
+            gate,
+            permutation,
         )
+        self.code_coef = code_coef
+
+    def select(self, numbers: Float[Tensor, "tokens outputs"]) -> Selection:
+        """The selectors' shares r, and the weights w."""
+        bits = numbers[:, : self.top_k * self.bits].unflatten(1, (self.top_k, self.bits))
+        shares = self._shares(smooth_step(bits, self.gamma))
+        mixture = numbers[:, self.top_k * self.bits :].softmax(-1)
+        return Selection(shares, (mixture[..., None] * shares).sum(1))
+
+    def selection_loss(
+        self, shares: Float[Tensor, "tokens selectors experts"], token_mask: Bool[Tensor, "tokens"] | None
+    ) -> Float[Tensor, ""]:
+        """Also keeps the selectors off the numbers that no expert has."""
+        loss = super().selection_loss(shares, token_mask)
+        if self.code_coef != 0 and 2**self.bits != self.num_experts:
+            price = (1 / (shares.sum(-1) + 1e-6)).sum(-1)
+            kept = torch.ones_like(price) if token_mask is None else token_mask.to(price.dtype)
+            loss = loss + self.code_coef * (price * kept).sum() / kept.sum().clamp_min(1)
+        return loss
 
     def _shares(self, bits: Float[Tensor, "tokens k bits"]) -> Float[Tensor, "tokens k experts"]:
         """r: by doubling, since the gradient of `prod` waits for the device. Bit j of expert e is `e >> j & 1`."""
@@ -107,18 +90,3 @@ class DSelectKRouter(Router):
             bit = bits[..., j : j + 1]
             shares = torch.cat([shares * (1 - bit), shares * bit], dim=-1)
         return shares[..., : self.num_experts]
-
-    def _aux_loss(self, shares: Tensor, token_mask: Tensor | None) -> Float[Tensor, ""]:
-        loss = shares.new_zeros(())
-        if not self.training:
-            return loss
-        if self.entropy_coef != 0:
-            loss = loss + self.entropy_coef * selection_entropy(shares, token_mask)
-        if self.code_coef != 0 and 2**self.bits != self.num_experts:
-            price = (1 / (shares.sum(-1) + 1e-6)).sum(-1)
-            kept = torch.ones_like(price) if token_mask is None else token_mask.to(price.dtype)
-            loss = loss + self.code_coef * (price * kept).sum() / kept.sum().clamp_min(1)
-        return loss
-
-    def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, top_k={self.top_k}, gamma={self.gamma}"

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Int8
@@ -85,6 +85,52 @@ class GatedRouter(Router):
     ) -> Float[Tensor, "tokens experts"]:
         logits: Tensor = self.gate(x, task_id)
         return logits if expert_mask is None else logits.masked_fill(switched_off(expert_mask), OFF)
+
+
+class Choice(NamedTuple):
+    """What a `ChoosingRouter` makes of logits; `full` if every slot names an expert as long as none is masked."""
+
+    scores: Float[Tensor, "tokens experts"]
+    weights: Float[Tensor, "tokens k"]
+    indices: Int[Tensor, "tokens k"]
+    aux_loss: Float[Tensor, ""] | None = None
+    full: bool = True
+
+
+class ChoosingRouter(GatedRouter):
+    """A router whose choice follows from the gate's logits alone."""
+
+    @abstractmethod
+    def choice(
+        self,
+        logits: Float[Tensor, "tokens experts"],
+        token_mask: Bool[Tensor, "tokens"] | None,
+        expert_mask: ExpertMask | None,
+    ) -> Choice:
+        """Experts and weights; padding is dropped afterwards."""
+
+    def forward(
+        self,
+        x: Float[Tensor, "tokens *features"],
+        *,
+        token_mask: Bool[Tensor, "tokens"] | None = None,
+        task_id: Int[Tensor, "tokens *slots"] | None = None,
+        expert_mask: ExpertMask | None = None,
+        state: Any = None,
+    ) -> Routing:
+        with full_precision(x):
+            logits = self.gate_logits(x, task_id, expert_mask)
+            scores, weights, indices, aux_loss, full = self.choice(logits, token_mask, expert_mask)
+            weights, indices = drop_padding(weights, indices, token_mask)
+        return Routing(
+            weights=weights,
+            indices=indices,
+            scores=scores,
+            logits=logits,
+            aux_loss=logits.new_zeros(()) if aux_loss is None else aux_loss,
+            state=state,
+            dropless=full and token_mask is None and expert_mask is None,
+        )
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:

@@ -1,14 +1,11 @@
 """One expert per token."""
 
-from typing import Any
-
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .capacity import Priority
 from .gates import Gate
-from .record import Routing
-from .router import ExpertMask, GatedRouter, choose, drop_padding, full_precision, softmax_over_experts
+from .router import Choice, ChoosingRouter, ExpertMask, choose, softmax_over_experts
 from .topk import TopKRouter
 
 
@@ -45,7 +42,7 @@ class SwitchRouter(TopKRouter):
         )
 
 
-class StraightThroughRouter(GatedRouter):
+class StraightThroughRouter(ChoosingRouter):
     """The most probable expert with weight 1; the gradient is that of its probability.
 
     `weight = 1 + p - stop_gradient(p)`: the output is not scaled, yet the gate learns (the hard pathways of
@@ -55,33 +52,17 @@ class StraightThroughRouter(GatedRouter):
     def __init__(self, dim: int, num_experts: int, gate: Gate | None = None) -> None:
         super().__init__(dim, num_experts, 1, gate)
 
-    def forward(
+    def choice(
         self,
-        x: Float[Tensor, "tokens *features"],
-        *,
-        token_mask: Bool[Tensor, "tokens"] | None = None,
-        task_id: Int[Tensor, "tokens *slots"] | None = None,
-        expert_mask: ExpertMask | None = None,
-        state: Any = None,
-    ) -> Routing:
-        with full_precision(x):
-            logits = self.gate_logits(x, task_id, expert_mask)
-            scores = softmax_over_experts(logits)
-            indices = choose(logits, 1, expert_mask)
-            chosen = scores.gather(1, indices.clamp_min(0))
-            weights = 1.0 + (chosen - chosen.detach())
-            if expert_mask is not None:
-                weights = weights.masked_fill(indices < 0, 0.0)
-            weights, indices = drop_padding(weights, indices, token_mask)
-        return Routing(
-            weights=weights,
-            indices=indices,
-            scores=scores,
-            logits=logits,
-            aux_loss=logits.new_zeros(()),
-            state=state,
-            dropless=token_mask is None and expert_mask is None,
-        )
+        logits: Float[Tensor, "tokens experts"],
+        token_mask: Bool[Tensor, "tokens"] | None,
+        expert_mask: ExpertMask | None,
+    ) -> Choice:
+        scores = softmax_over_experts(logits)
+        indices = choose(logits, 1, expert_mask)
+        chosen = scores.gather(1, indices.clamp_min(0))
+        weights = 1.0 + (chosen - chosen.detach())
+        return Choice(scores, weights if expert_mask is None else weights.masked_fill(indices < 0, 0.0), indices)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}"

@@ -1,18 +1,16 @@
 """The experts that are in a dense MLP already: EMoE splits its hidden layer by what the neurons answer to."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..moe import MoE
-from ..routing import Gate, LinearGate, Routing
-from ..routing.router import ExpertMask, GatedRouter, choose, drop_padding, full_precision, softmax_over_experts
+from ..routing import Gate, LinearGate
+from ..routing.router import Choice, ChoosingRouter, ExpertMask, choose, softmax_over_experts
 from .dense import experts_like, read_mlp
 
 
-class EmergentRouter(GatedRouter):
+class EmergentRouter(ChoosingRouter):
     """The k experts with the largest logits, each with weight 1: their outputs add up as neurons of an MLP do.
 
     Nothing of it learns from the output, since weights are constant (EMoE, Qiu et al. 2024).
@@ -21,28 +19,14 @@ class EmergentRouter(GatedRouter):
     def __init__(self, dim: int, num_experts: int, top_k: int, gate: Gate | None = None) -> None:
         super().__init__(dim, num_experts, top_k, gate)
 
-    def forward(
+    def choice(
         self,
-        x: Float[Tensor, "tokens *features"],
-        *,
-        token_mask: Bool[Tensor, "tokens"] | None = None,
-        task_id: Int[Tensor, "tokens *slots"] | None = None,
-        expert_mask: ExpertMask | None = None,
-        state: Any = None,
-    ) -> Routing:
-        with full_precision(x):
-            logits = self.gate_logits(x, task_id, expert_mask)
-            indices = choose(logits, self.top_k, expert_mask)
-            weights, indices = drop_padding((indices >= 0).to(logits.dtype), indices, token_mask)
-        return Routing(
-            weights=weights,
-            indices=indices,
-            scores=softmax_over_experts(logits),
-            logits=logits,
-            aux_loss=logits.new_zeros(()),
-            state=state,
-            dropless=token_mask is None and expert_mask is None,
-        )
+        logits: Float[Tensor, "tokens experts"],
+        token_mask: Bool[Tensor, "tokens"] | None,
+        expert_mask: ExpertMask | None,
+    ) -> Choice:
+        indices = choose(logits, self.top_k, expert_mask)
+        return Choice(softmax_over_experts(logits), (indices >= 0).to(logits.dtype), indices)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, top_k={self.top_k}"
