@@ -201,17 +201,20 @@ def expert_map(request: runs.Request, known: Known) -> None:
             values.append(field_of(call.batch, known.by, len(record.scores), call.output).cpu())
 
     patient.watch(keep)
-    labels = as_labels(torch.cat(values), patient.task.value_names(known.by))
+    called = patient.task.value_names(known.by)
+    labels = as_labels(torch.cat(values), called)
     weight = torch.cat(weights)
     share = answers_by_label(weight, labels.values, len(labels.names))
     routed = weight.abs().sum(1) > 0
     spread = _information(labels.values[routed], weight.abs().argmax(1)[routed])
     table = Table(known.by, "tokens", "most weight to", title=f"{patient.cli.name}, validation split; {patient.name}")
-    for row, name in enumerate(labels.names):
+    # Names have no order of their own: those of one expert come together.
+    rows = list(range(len(share))) if called is None else share.argmax(1).argsort(stable=True).tolist()
+    for row in rows:
         best = share[row].argsort(descending=True)[:3].tolist()
         tokens = int((labels.values[routed] == row).sum())
-        table.add_row(name, f"{tokens:,}", ", ".join(f"{e}: {float(share[row, e]):.1%}" for e in best))
-    draw_answers(share, labels.names, patient.cli.name, known.output, known.by)
+        table.add_row(labels.names[row], f"{tokens:,}", ", ".join(f"{e}: {float(share[row, e]):.1%}" for e in best))
+    draw_answers(share[rows], [labels.names[row] for row in rows], patient.cli.name, known.output, known.by)
     console = Console()
     console.print(table)
     console.print(f"normalised mutual information of {known.by} and the top expert: {spread:.3f}")

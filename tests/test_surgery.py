@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from moezoo import cli, runs, surgery
+from moezoo.surgery.report import draw_curve
 from moezoo.zoo.core import MLPExperts
 from moezoo.zoo.core.surgery import round_to_bits
 
@@ -140,3 +141,13 @@ def test_mistakes_on_a_patient_are_one_line(capsys, words, message):
 def test_mistakes_in_words_are_one_line(capsys, words, message):
     code, _, err = operate(capsys, *words)
     assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_curve_is_drawn_for_each_way(tmp_path):
+    def row(size, how, value):
+        return {"size": size, "how": how, "metrics": {"auc": value}}
+
+    rows = [row(0.5, "alike", 0.7), row(0.3, "alike", 0.6), row(0.4, "allocated", 0.69)]
+    raw = {"recipe": "a/b", "verb": "quantise", "headline": "auc", "as trained": {"auc": 0.7}, "rows": rows}
+    draw_curve(raw, "size", "size", tmp_path / "deep" / "curve.png")
+    assert (tmp_path / "deep" / "curve.png").stat().st_size > 5000
