@@ -127,9 +127,10 @@ ROUTERS = {
         DIM, EXPERTS, 2, gate=SparsityGate(MLPExperts(EXPERTS, DIM, WIDTH, 1, "relu"))
     ),
 }
-# A token of groups reaches half of the experts; a grid of 2 x 4 cannot tell all eight apart; and experts that must
-# stay silent to be chosen are no free ones.
-LIMITED = ("top-2, groups", "product keys, top-2", "sparsity, top-2")
+# A token of groups reaches half of the experts. Sparsity scores lie in (-1, 1), so that one weight of two is never more
+# than e² times the other, and an expert must keep its neurons silent on the tokens it wants: it ends behind one wide
+# network (relMSE .0154 and .0017 for .0130 and .0014, seeds 0 and 1), though well before one of an expert's width.
+LIMITED = ("top-2, groups", "sparsity, top-2")
 
 
 @pytest.mark.slow
