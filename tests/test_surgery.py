@@ -52,9 +52,8 @@ def test_a_pool_is_measured_switched_rounded_and_merged_and_is_then_as_before():
 
 @pytest.mark.slow
 def test_experts_of_a_policy_are_watched_while_it_plays_and_cached_without_any_change(capsys):
-    patient = mixture("control/mentor", "--data.test_episodes=2", "--data.eval_episodes=2")
-    assert patient.calibrate().weights.shape == (2 * 100, 8)
-    words = ["offload", "--cache", "2,8", "--config", "control/mentor", "--data.test_episodes", "2"]
+    assert mixture("control/mentor").calibrate().weights.shape == (10 * 100, 8)  # episodes, steps
+    words = ["offload", "--cache", "2,8", "--config", "control/mentor", "--trainer.limit_test_batches", "1"]
     code, out, err = operate(capsys, *words)
     assert code == 0 and out.count("+0.0000") == 3, (out, err)
 
