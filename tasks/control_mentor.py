@@ -141,6 +141,8 @@ class MentorTask(ControlTask):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        if self.top is not None and self.top.weights.shape[1] != (numbers := len(flatten(self._perturbed()))):
+            self.top = TopAgents(len(self.top.returns), numbers).to(self.device)  # surgery changed the model
         if self.compiled:
             self.compile_parts()
 
