@@ -175,13 +175,12 @@ def start_mixture(request: runs.Request, known: Known) -> None:
     )
     with replaced(patient.task.model, patient.name, layer.eval()):
         report.row({"variant": "upcycled"}, patient.test())
-    if known.train:
-        for name, part in (("dense, trained on", patient.mlp), ("upcycled, trained on", layer)):
-            before = {key: value.clone() for key, value in patient.task.model.state_dict().items()}
-            with replaced(patient.task.model, patient.name, part):
-                _train_on(patient)
-                report.row({"variant": name}, patient.test())
-            patient.task.model.load_state_dict(before)
+    for copies in (0, known.experts) if known.train else ():
+        fresh = Dense(request, known.part)  # training moves more than weights: targets, counters, what was played
+        part = upcycle(fresh.mlp, copies, known.top, noise=known.noise) if copies else fresh.mlp
+        with replaced(fresh.task.model, fresh.name, part):
+            _train_on(fresh)
+            report.row({"variant": "upcycled, trained on" if copies else "dense, trained on"}, fresh.test())
     report.show(known.output)
 
 
