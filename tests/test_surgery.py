@@ -98,6 +98,18 @@ def test_a_dense_mlp_is_as_it_was_while_all_its_experts_answer(capsys, tmp_path,
 
 
 @pytest.mark.slow
+def test_a_policy_and_its_copy_in_experts_train_on_alike(capsys, tmp_path):
+    file = tmp_path / "raw.json"
+    code, _, err = operate(capsys, "upcycle", "--train", "--config", "control/mentor_dense", "--output", str(file))
+    assert code == 0, err
+    raw = json.loads(file.read_text())
+    returns = {row["variant"]: row["metrics"]["episode_return"] for row in raw["rows"]}
+    start = raw["as trained"]["episode_return"]
+    assert returns["upcycled"] == pytest.approx(start, abs=1.0)
+    assert min(returns["dense, trained on"], returns["upcycled, trained on"]) > start + 20
+
+
+@pytest.mark.slow
 def test_the_map_shows_and_draws_what_experts_answer_to(capsys, tmp_path):
     picture = tmp_path / "map.png"
     code, out, err = operate(capsys, "map", "--by", "label", "--output", str(picture), *PLANTED)
