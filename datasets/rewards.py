@@ -54,6 +54,7 @@ class RewardsData(lightning.LightningDataModule):
         shares: of first turns that train, validate and test where the split is drawn.
         batch_size: train pairs a step.
         eval_batch_size: pairs a batch of validation, test and prediction.
+        similar_lengths: train on batches of pairs of similar length, in random order: less padding where texts differ.
 
     Raises:
         UserError: a file is missing or wrong; nothing has been written by then.
@@ -75,6 +76,7 @@ class RewardsData(lightning.LightningDataModule):
         shares: tuple[float, float, float] = (0.7, 0.1, 0.2),
         batch_size: int = 128,
         eval_batch_size: int = 512,
+        similar_lengths: bool = False,
     ) -> None:
         super().__init__()
         self.source, self.files, self.tokenizer_name = source, files or {}, tokenizer
@@ -82,7 +84,7 @@ class RewardsData(lightning.LightningDataModule):
         self.max_length = max_length or (64 if source == "generator" else 512)
         self.prompt_length = prompt_length or max(self.max_length // 2, 8)
         self.tasks, self.split, self.shares = tasks, split, tuple(shares)
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.batch_size, self.eval_batch_size, self.similar_lengths = batch_size, eval_batch_size, similar_lengths
         counts = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "max_length": self.max_length - 7}
         for name, value in counts.items():
             if value < 1:
@@ -233,7 +235,9 @@ class RewardsData(lightning.LightningDataModule):
 
     def _loader(self, rows: Tensor, batch_size: int, shuffle: bool = False) -> DataLoader[Any]:
         data = Pairs(self.encoded, rows, self.text.pad, self.padding == "left")
-        return DataLoader(data, sampler=IndexBatches(len(data), batch_size, shuffle=shuffle), batch_size=None)
+        sizes = self.encoded.responses.size.view(-1, 2).amax(1)[rows] if self.similar_lengths else None
+        order = IndexBatches(len(data), batch_size, shuffle=shuffle, sizes=sizes)
+        return DataLoader(data, sampler=order, batch_size=None)
 
     def decode(self, predictions: pl.DataFrame) -> pl.DataFrame:
         """Predictions by `index` with id, source, subset, group_id (or pool) and the pair's task in its place."""

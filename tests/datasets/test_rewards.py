@@ -133,6 +133,24 @@ def test_batches_hold_what_the_table_says(data):
     assert int(batch.tokens.max()) < data.schema["vocab_size"]
 
 
+def test_batches_of_similar_length_serve_the_same_pairs_with_less_padding(data, monkeypatch):
+    def epoch(number):
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(number)
+        return [(batch.index.tolist(), batch.tokens.shape[2], batch.mask.float().mean()) for batch in loader]
+
+    data.set_phase(0)
+    plain = epoch(0)
+    monkeypatch.setattr(data, "similar_lengths", True)
+    first, again, later = epoch(0), epoch(0), epoch(1)
+    assert first == again != later
+    rows = [row for index, *_ in first for row in index]
+    assert len(first) == len(plain) and len(set(rows)) == len(rows) == sum(len(index) for index, *_ in plain)
+    assert sum(kept for *_, kept in first) > 1.1 * sum(kept for *_, kept in plain)
+    widths = [width for _, width, _ in first]
+    assert widths != sorted(widths) and widths != sorted(widths, reverse=True)
+
+
 def test_padding_on_either_side_holds_the_same_tokens(data):
     rows = data.part("test")[:16]
     right, left = (data.encoded.batch(rows, 0, side) for side in (False, True))
