@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     rewards.add_argument("--rounds", type=int, default=10, help="interleaved rounds (default: 10)")
-    rewards.add_argument("--rows", type=int, nargs="+", default=[2, 16, 128], help="responses (default: 2 16 128)")
+    rewards.add_argument("--rows", type=int, nargs="+", default=[2, 8, 32], help="responses (default: 2 8 32)")
     rewards.add_argument("--length", type=int, default=512, help="tokens of a response (default: 512)")
     rewards.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     rewards.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")

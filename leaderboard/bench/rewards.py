@@ -53,7 +53,7 @@ class Text(NamedTuple):
 
 def run(
     rounds: int,
-    rows: Sequence[int] = (2, 16, 128),
+    rows: Sequence[int] = (2, 8, 32),
     length: int = 512,
     device: Device = "cpu",
     threads: int = 1,
