@@ -292,8 +292,8 @@ class HuggingFaceBackbone(Backbone):
                 f"give its tokenizer, --data.tokenizer {name}"
             )
         self.copies, self.dim = copies, int(config.hidden_size)
-        self.pooling: Pooling = pooling or ("mean" if _is_encoder(config) else "last")
-        self.takes_positions = "position_ids" in signature(body.forward).parameters
+        self.causal = not _is_encoder(config)
+        self.pooling: Pooling = pooling or ("last" if self.causal else "mean")
         self.bodies = nn.ModuleList([body, *(deepcopy(body) for _ in range(copies - 1))])
 
     def forward(
@@ -315,8 +315,15 @@ class HuggingFaceBackbone(Backbone):
         return restore(torch.cat(hidden), plan)
 
     def _encode(self, body: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
-        place = {"position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)} if self.takes_positions else {}
-        hidden = body(input_ids=tokens, attention_mask=mask.long(), **place).last_hidden_state
+        # Padding goes to the right: a row that begins with it has queries that see no key, which some attention kernels
+        # turn into NaN for all layers above. A causal model then needs no mask, and its quickest kernels take none.
+        order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+        tokens, mask = tokens.gather(1, order), mask.gather(1, order)
+        if self.causal:
+            hidden = body(input_ids=tokens, use_cache=False).last_hidden_state
+        else:
+            seen = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], 1)  # rows without tokens see something too
+            hidden = body(input_ids=tokens, attention_mask=seen.long()).last_hidden_state
         return pool(hidden, mask, self.pooling)
 
 

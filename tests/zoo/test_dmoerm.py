@@ -331,6 +331,8 @@ def hugging_face(tmp_path_factory):
         transformers.LlamaConfig(**sizes, num_key_value_heads=1, initializer_range=0.3)
     ).save_pretrained(folder / "llama")
     transformers.BertModel(transformers.BertConfig(**sizes, initializer_range=0.3)).save_pretrained(folder / "bert")
+    config = transformers.RobertaConfig(**sizes, pad_token_id=1, initializer_range=0.3)
+    transformers.RobertaModel(config).save_pretrained(folder / "roberta")
     return folder
 
 
@@ -356,6 +358,26 @@ def test_hugging_face_models_are_backbones(hugging_face, name, task_base):
         e = int(model.slots[t, k])
         want = model.capability_head.weight[e, 0] @ z[0, k] + model.capability_head.bias[e, 0]
         torch.testing.assert_close(output.capability_rewards[0, k], want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "roberta"])
+def test_rows_reach_a_hugging_face_model_with_all_padding_behind(hugging_face, name):
+    backbone = build_backbone(f"hf:{hugging_face / name}", SCHEMA)
+    body = backbone.bodies[0]
+    given = {}
+    body.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True)
+    tokens = torch.tensor([[1, 1, 5, 6, 7], [1, 1, 1, 1, 8], [5, 6, 7, 8, 9], [1, 1, 1, 1, 1]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]).bool()
+    hidden = backbone(tokens, mask)
+    assert given["input_ids"][:2].tolist() == [[5, 6, 7, 1, 1], [8, 1, 1, 1, 1]]
+    if name == "llama":  # every query sees at least itself
+        assert given.get("attention_mask") is None and "position_ids" not in given
+    else:
+        assert given["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1] * 5, [1, 0, 0, 0, 0]]
+    assert hidden.isfinite().all() and not hidden[3].any()
+    for row in range(3):
+        own = body(input_ids=tokens[row][mask[row]][None]).last_hidden_state[0]
+        torch.testing.assert_close(hidden[row], own[-1] if name == "llama" else own.mean(0), atol=1e-5, rtol=1e-4)
 
 
 def test_a_pretrained_backbone_stays_as_it_is_under_lora(hugging_face):
