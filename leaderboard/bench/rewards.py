@@ -69,15 +69,18 @@ def run(
     """
     require("moezoo bench rewards", "transformers", "peft")
     torch.set_num_threads(threads)
+    console = Console()
     with _config(shape or SMOLLM2) as name:
+        memory = {base: _memory(base, name, device) for base in ("lora", "full")} if device == "cuda" else {}
+        _show_memory(console, memory)
         contenders = Contenders(name, device)
         seconds = {}
         for mode in ("score", "train"):
             for count in rows:
                 text = _text(count, length, contenders.vocab, device)
-                seconds[f"{mode}-{count}"] = _sample(contenders.steps(mode, text), rounds, device)
-        memory = {base: _memory(base, name, device) for base in ("lora", "full")} if device == "cuda" else {}
-    _show(seconds, memory, length)
+                case = f"{mode}-{count}"
+                seconds[case] = _sample(contenders.steps(mode, text), rounds, device)
+                _show(console, f"{case}x{length}", seconds[case])
     results = {"seconds": seconds, "bytes": memory}
     if output is not None:
         origin: dict[str, Any] = dict(provenance(gpu=device == "cuda"))
@@ -85,7 +88,7 @@ def run(
         origin |= {"rounds": rounds, "length": length, "device": device, "threads": threads}
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps({"run": origin, **results}, indent=1) + "\n", encoding="utf-8")
-        Console().print(str(output), markup=False)
+        console.print(str(output), markup=False)
     return results
 
 
@@ -261,18 +264,20 @@ def _sample(steps: dict[str, Step], rounds: int, device: Device) -> dict[str, di
     return samples
 
 
-def _show(seconds: dict[str, dict[str, dict[int, float]]], memory: dict[str, int], length: int) -> None:
-    console = Console()
-    table = Table(title=f"{CAPABILITIES} experts, responses of {length} tokens", title_justify="left", box=None)
-    for column in ("step", "contender", "ms", "over one pass"):
-        table.add_column(column, justify="left" if column in ("step", "contender") else "right", no_wrap=True)
-    for step, samples in seconds.items():
-        for name, drawn in samples.items():
-            over = brackets(ratio(drawn, samples["one pass"]))
-            table.add_row(step, name, f"{min(drawn.values()) * 1e3:.3g}", over)
+def _show(console: Console, case: str, samples: dict[str, dict[int, float]]) -> None:
+    table = Table(title=f"{case} tokens, {CAPABILITIES} experts", title_justify="left", box=None)
+    for column in ("contender", "ms", "over one pass", "goal"):
+        table.add_column(column, justify="left" if column == "contender" else "right", no_wrap=True)
+    for name, drawn in samples.items():
+        over = brackets(ratio(drawn, samples["one pass"]))
+        table.add_row(name, f"{min(drawn.values()) * 1e3:.3g}", over, "at least 2" if name == LOOP else "")
     console.print(table)
-    console.print(f"goal: {LOOP} at least 2 times one pass")
+
+
+def _show_memory(console: Console, memory: dict[str, int]) -> None:
     if memory:
         low, full = (memory[base] / 2**30 for base in ("lora", "full"))
-        console.print(f"{TASKS} tasks, a step of phase 1: {low:.2f} GiB with a low-rank change each, {full:.2f} with a")
-        console.print(f"network each: {low / full:.2f} of it (goal: at most 0.33)")
+        console.print(
+            f"a step of phase 1, {TASKS} tasks: {low:.2f} GiB with a low-rank change each, {full:.2f} with a network "
+            f"each: {low / full:.2f} of it (goal: at most 0.33)"
+        )

@@ -50,7 +50,8 @@ def test_it_measures_and_keeps_every_sample(tmp_path, capsys):
     kept = json.loads(path.read_text())["seconds"]
     assert set(kept) == {"score-1", "score-2", "train-1", "train-2"} == set(results["seconds"])
     assert all(len(rounds) == 2 for samples in kept.values() for rounds in samples.values())
-    assert "at least 2 times" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert all(f"{case}x8 tokens" in shown for case in kept) and "at least 2" in shown
 
 
 def test_the_command_refuses(capsys):

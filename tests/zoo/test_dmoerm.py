@@ -380,6 +380,23 @@ def test_rows_reach_a_hugging_face_model_with_all_padding_behind(hugging_face, n
         torch.testing.assert_close(hidden[row], own[-1] if name == "llama" else own.mean(0), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["llama", "bert", "roberta"])
+def test_on_the_gpu_padding_on_the_left_gives_the_numbers_of_the_cpu(hugging_face, name, autocast):
+    backbone = build_backbone(f"hf:{hugging_face / name}", SCHEMA)
+    tokens, mask = torch.randint(2, 20, (6, 40)), torch.arange(40) >= torch.tensor([0, 3, 17, 32, 39, 40])[:, None]
+    want = backbone(tokens, mask)
+    backbone.cuda()
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        got = backbone(tokens.cuda(), mask.cuda())
+    loss = got.float().square().mean()
+    grads = torch.autograd.grad(loss, list(backbone.parameters()), allow_unused=True)
+    assert all(grad is None or grad.isfinite().all() for grad in grads)
+    limit = 0.1 if autocast else 1e-3
+    assert float((got.cpu().float() - want).norm() / want.norm()) < limit
+
+
 def test_a_pretrained_backbone_stays_as_it_is_under_lora(hugging_face):
     model = make(backbone=f"hf:{hugging_face / 'llama'}", backbone_options=None, task_base="lora", router="head")
     moved = {id(p) for k in (1, 2, 3) for p in model.phase_parameters(k)}
