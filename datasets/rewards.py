@@ -79,7 +79,9 @@ class RewardsData(lightning.LightningDataModule):
         similar_lengths: bool = False,
     ) -> None:
         super().__init__()
-        self.source, self.files, self.tokenizer_name = source, files or {}, tokenizer
+        self.source, self.files, self.tokenizer_name = source, dict(files or {}), tokenizer
+        if source == "files":  # a recipe's own, for the generator, stand beside yours
+            self.files = _without_generators(self.files)
         self.vocab_size, self.padding, self.phase1_share = vocab_size, padding, phase1_share
         self.max_length = max_length or (64 if source == "generator" else 512)
         self.prompt_length = prompt_length or max(self.max_length // 2, 8)
@@ -255,13 +257,22 @@ def generated(files: Mapping[str, Any]) -> Preferences:
     return rewards_generator.generate(**files)
 
 
+def _without_generators(files: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a reader of files, without those that the generator alone takes."""
+    from .rewards_formats import open_files
+
+    generators = set(signature(rewards_generator.generate).parameters) - set(signature(open_files).parameters)
+    return {name: value for name, value in files.items() if name not in generators}
+
+
 def check_arguments(source: str, reader: Any, files: Mapping[str, Any]) -> None:
     """Raises UserError for an argument the source's reader does not take, or one that is missing."""
     arguments = signature(reader).parameters
     for key in files:
         if key not in arguments:
+            hint = "; your own files need --data.source files" if source == "generator" and key == "path" else ""
             raise UserError(
-                f"data.files.{key}: source '{source}' has no such argument; it takes {', '.join(arguments)}"
+                f"data.files.{key}: source '{source}' has no such argument; it takes {', '.join(arguments)}{hint}"
             )
     missing = [name for name, p in arguments.items() if p.default is p.empty and name not in files]
     if missing:

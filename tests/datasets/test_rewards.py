@@ -275,3 +275,15 @@ def test_mistakes_are_one_line(arguments, message, monkeypatch):
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="vocab_size=6"):
         make_tokenizer("words", 6)
+
+
+def test_a_generators_arguments_stand_beside_your_files_without_effect(tmp_path):
+    rows = [{"prompt": f"p{i}", "chosen": "yes indeed", "rejected": "no"} for i in range(60)]
+    pl.DataFrame(rows).write_parquet(tmp_path / "mine.parquet")
+    mine = {"path": str(tmp_path / "mine.parquet")}
+    plain, beside = (RewardsData("files", files) for files in (mine, mine | {"pairs_per_task": 1500}))
+    assert beside.schema == plain.schema and len(beside.rows) == 60
+    with pytest.raises(UserError, match=r"data.files.pathh: source 'files' has no such argument"):
+        RewardsData("files", mine | {"pathh": "x"}).schema  # noqa: B018
+    with pytest.raises(UserError, match=r"your own files need --data.source files"):
+        RewardsData("generator", mine).schema  # noqa: B018
