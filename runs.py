@@ -25,7 +25,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 
 from . import recipes
-from .errors import UserError
+from .errors import UserError, plain_type_error
 from .leaderboard.results import MetricInfo, Parameters, Result, provenance
 from .tasks.base import BaseTask, TestResult
 from .tasks.telemetry import RoutingMonitor
@@ -53,8 +53,10 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """One line instead of the usage of some sixty trainer flags."""
         _raise_user_error(ex)
-        lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
-        raise UserError(" ".join(lines)[:400]) from None
+        line = plain_type_error(message)
+        if line.endswith("is not accepted"):
+            line += "; `moezoo show NAME` prints what a recipe has"
+        raise UserError(line[:400]) from None
 
 
 def _raise_user_error(error: BaseException | None) -> None:

@@ -6,7 +6,6 @@ learn: from each user's few images, mixed with the public's that any user might 
 
 from collections.abc import Callable
 from functools import cached_property
-from inspect import signature
 from typing import Any, Literal, NamedTuple
 
 import polars as pl
@@ -21,6 +20,7 @@ from .batches import IndexBatches
 from .personalised_users import User, Users, open_fashion_styles, open_mnist_writers
 from .robustness import channel_statistics
 from .robustness_augment import random_bits
+from .sources import check_arguments
 
 
 class PersonalBatch(NamedTuple):
@@ -90,13 +90,7 @@ class PersonalisedData(lightning.LightningDataModule):
             "fashion_styles": open_fashion_styles,
             "mnist_writers": open_mnist_writers,
         }
-        arguments = signature(openers[self.source]).parameters
-        for key in self.files:
-            if key not in arguments:
-                takes = ", ".join(arguments)
-                raise UserError(f"data.files.{key}: source '{self.source}' has no such argument; it takes {takes}")
-        if "path" in arguments and "path" not in self.files:
-            raise UserError(f"data.files.path: source '{self.source}' needs it, e.g. --data.files.path FOLDER")
+        check_arguments(self.source, openers[self.source], self.files)
         return openers[self.source](**self.files)
 
     @cached_property

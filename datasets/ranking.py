@@ -8,7 +8,6 @@ a (basket, query) against up to nine others of the same query in proportion to t
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from inspect import signature
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ from .batches import IndexBatches
 from .ranking_catalogue import Catalogue
 from .ranking_features import CrossFeatures, Ints, OccurrenceIndex, encode, standardiser
 from .ranking_tables import RankingTables
+from .sources import check_arguments
 
 RECENCY_BUCKETS = 16
 MIN_POOL = 5  # fewest other items of a query for a train session to be drawn
@@ -249,21 +249,14 @@ def read_source(source: str, files: Mapping[str, Any]) -> RankingTables:
     from . import completejourney, ranking_formats
 
     readers: dict[str, Callable[..., RankingTables]] = {
-        "completejourney": completejourney.load_completejourney,
+        "completejourney": lambda: completejourney.load_completejourney(),
         "completejourney_full": lambda: completejourney.load_completejourney(full=True),
         "long": ranking_formats.read_long,
         "recbole": ranking_formats.read_recbole,
         "fuxictr": ranking_formats.read_fuxictr,
     }
     reader = readers[source]
-    arguments = signature(reader).parameters if source in ("long", "recbole", "fuxictr") else {}
-    for key in files:
-        if key not in arguments:
-            takes = ", ".join(arguments) or "none: it ships with moezoo"
-            raise UserError(f"data.files.{key}: source '{source}' has no such argument; it takes {takes}")
-    missing = [n for n, p in arguments.items() if p.default is p.empty and n not in files]
-    if missing:
-        raise UserError(f"data.files.{missing[0]}: source '{source}' needs it, e.g. --data.files.{missing[0]} PATH")
+    check_arguments(source, reader, files, none="none: it ships with moezoo")
     return reader(**files)
 
 

@@ -4,9 +4,7 @@ Every source becomes scenes (`relations_windows.Scene`): a clip's annotation and
 default is generated; VidVRD and VidOR annotations are read as the field distributes them.
 """
 
-from dataclasses import fields
 from functools import cached_property
-from inspect import signature
 from typing import Any, Literal
 
 import polars as pl
@@ -23,6 +21,7 @@ from .relations_shapes import ShapesOptions
 from .relations_sources import OPENERS, Source
 from .relations_table import Clip, RelationSet, Triplet, as_set
 from .relations_windows import STRIDE, WINDOW, Labelling, RelationBatch, Scene, Windows, build
+from .sources import check_arguments
 
 SourceName = Literal["moving_shapes", "vidvrd", "vidor"]
 FeatureKind = Literal["visual", "geom", "pixels"]
@@ -199,19 +198,6 @@ def some_of_each(count: Int[Tensor, " groups"], most: int, lot: Float[Tensor, " 
 
 def open_source(source: str, files: dict[str, Any], features: str) -> Source:
     """A named source; `files` are its arguments."""
-    taken = _arguments(source)
-    for key in files:
-        if key not in taken:
-            raise UserError(f"data.files.{key}: source '{source}' has no such argument; it takes {', '.join(taken)}")
-    missing = [name for name, needed in taken.items() if needed and name not in files]
-    if missing:
-        raise UserError(f"data.files.{missing[0]}: source '{source}' needs it, e.g. --data.files.{missing[0]} PATH")
+    reader = ShapesOptions if source == "moving_shapes" else OPENERS[source]
+    check_arguments(source, reader, files, hidden=["features"])
     return OPENERS[source](features=features, **files)
-
-
-def _arguments(source: str) -> dict[str, bool]:
-    """What a source takes, and whether it must be given."""
-    if source == "moving_shapes":
-        return dict.fromkeys((field.name for field in fields(ShapesOptions)), False)
-    arguments = signature(OPENERS[source]).parameters
-    return {name: p.default is p.empty for name, p in arguments.items() if name != "features"}

@@ -26,6 +26,7 @@ from .cache import content_hash
 from .rewards_batches import Encoded, Pairs, PreferenceBatch, encode_texts
 from .rewards_table import Preferences, first_turn
 from .rewards_tokens import Tokenizer, make_tokenizer
+from .sources import check_arguments
 
 _LOG = logging.getLogger(__name__)
 _PHASES = (0, 1, 2, 3)
@@ -253,7 +254,8 @@ class RewardsData(lightning.LightningDataModule):
 
 def generated(files: Mapping[str, Any]) -> Preferences:
     """The generator's data with some of its arguments."""
-    check_arguments("generator", rewards_generator.generate, files)
+    hint = "; your own files need --data.source files" if "path" in files else ""
+    check_arguments("generator", rewards_generator.generate, files, hint=hint)
     return rewards_generator.generate(**files)
 
 
@@ -263,20 +265,6 @@ def _without_generators(files: Mapping[str, Any]) -> dict[str, Any]:
 
     generators = set(signature(rewards_generator.generate).parameters) - set(signature(open_files).parameters)
     return {name: value for name, value in files.items() if name not in generators}
-
-
-def check_arguments(source: str, reader: Any, files: Mapping[str, Any]) -> None:
-    """Raises UserError for an argument the source's reader does not take, or one that is missing."""
-    arguments = signature(reader).parameters
-    for key in files:
-        if key not in arguments:
-            hint = "; your own files need --data.source files" if source == "generator" and key == "path" else ""
-            raise UserError(
-                f"data.files.{key}: source '{source}' has no such argument; it takes {', '.join(arguments)}{hint}"
-            )
-    missing = [name for name, p in arguments.items() if p.default is p.empty and name not in files]
-    if missing:
-        raise UserError(f"data.files.{missing[0]}: source '{source}' needs it, e.g. --data.files.{missing[0]} PATH")
 
 
 def split_pairs(pairs: pl.DataFrame, shares: Sequence[float], anew: bool, name: str) -> pl.DataFrame:

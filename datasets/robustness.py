@@ -6,7 +6,6 @@ one uint8 tensor on the trainer's device; a batch is one indexing of it.
 
 from collections.abc import Callable
 from functools import cached_property
-from inspect import signature
 from typing import Any, Literal, NamedTuple
 
 import polars as pl
@@ -22,6 +21,7 @@ from .robustness_augment import crop_and_flip
 from .robustness_fashion import open_fashion_mnist_cut
 from .robustness_formats import detect, open_atlas, open_cifar, open_folders, open_parquet, open_tinyimagenet
 from .robustness_images import Images, ImageSource
+from .sources import check_arguments
 
 SourceName = Literal["fashion_mnist_cut", "auto", "cifar", "parquet", "png", "atlas", "tinyimagenet"]
 _SPLIT_SEED = 2308  # of what trains and what validates: the same in every run
@@ -225,9 +225,5 @@ def open_source(source: str, files: dict[str, Any]) -> ImageSource:
     if source == "auto":
         source, path = detect(str(files["path"]))
         files = files | {"path": path}
-    arguments = signature(openers[source]).parameters
-    for key in files:
-        if key not in arguments:
-            takes = ", ".join(arguments) or "none"
-            raise UserError(f"data.files.{key}: source '{source}' has no such argument; it takes {takes}")
+    check_arguments(source, openers[source], files)
     return openers[source](**files)

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import cached_property
-from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from ..errors import UserError
 from . import stocks_planted
 from .batches import IndexBatches
 from .cache import cache_file, content_hash
+from .sources import check_arguments
 from .stocks_build import STYLES, build_panel
 from .stocks_cache import load_panel, save_panel
 from .stocks_features import feature_expressions
@@ -90,9 +90,7 @@ class StocksData(lightning.LightningDataModule):
         if source == "planted" and horizon != 1:
             raise UserError(f"data.horizon={horizon}: the planted market has one-day labels; set data.horizon=1")
         if source == "planted":
-            _check_arguments(
-                "planted", stocks_planted.planted_panel, {"lookback": lookback, **self.files}, ["lookback"]
-            )
+            check_arguments("planted", stocks_planted.planted_panel, self.files, hidden=["lookback"])
 
     @cached_property
     def opened(self) -> Source:
@@ -242,18 +240,5 @@ def open_source(source: str, files: Mapping[str, Any]) -> Source:
         "qlib": open_qlib,
         "wide": open_wide,
     }
-    _check_arguments(source, openers[source], files)
+    check_arguments(source, openers[source], files, none="none: its files come with the extra 'stocks'")
     return openers[source](**files)
-
-
-def _check_arguments(
-    source: str, reader: Callable[..., Any], given: Mapping[str, Any], hidden: Sequence[str] = ()
-) -> None:
-    arguments = {name: p for name, p in signature(reader).parameters.items() if name not in hidden}
-    for key in given:
-        if key not in arguments and key not in hidden:
-            takes = ", ".join(arguments) or "none: its files come with the extra 'stocks'"
-            raise UserError(f"data.files.{key}: source '{source}' has no such argument; it takes {takes}")
-    missing = [name for name, p in arguments.items() if p.default is p.empty and name not in given]
-    if missing:
-        raise UserError(f"data.files.{missing[0]}: source '{source}' needs it, e.g. --data.files.{missing[0]} PATH")

@@ -7,7 +7,6 @@ lanes that follow, split by vehicle and time, and cut into windows.
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cached_property
-from inspect import signature
 from typing import Any, Literal
 
 import polars as pl
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import UserError
 from .batches import IndexBatches
 from .cache import cache_file, content_hash
+from .sources import check_arguments
 from .trajectories_build import Built, Cut, build
 from .trajectories_cache import load_built, save_built
 from .trajectories_commonroad import open_commonroad
@@ -275,13 +275,5 @@ def open_source(source: str, files: Mapping[str, Any]) -> Source:
         "sumo_fcd": open_fcd,
         "table": open_table,
     }
-    arguments = signature(openers[source]).parameters
-    for key in files:
-        if key not in arguments:
-            raise UserError(
-                f"data.files.{key}: source '{source}' has no such argument; it takes {', '.join(arguments)}"
-            )
-    missing = [name for name, p in arguments.items() if p.default is p.empty and name not in files]
-    if missing:
-        raise UserError(f"data.files.{missing[0]}: source '{source}' needs it, e.g. --data.files.{missing[0]} PATH")
+    check_arguments(source, openers[source], files)
     return openers[source](**files)

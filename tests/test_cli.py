@@ -126,7 +126,18 @@ MISTAKES = {
     "misspelt command": (["fti"], "did you mean 'fit'"),
     "misspelt trainer flag": (["fit", "--config", "ranking/awmoe", "--trainer.max_epoch=1"], "max_epoch"),
     "unknown model argument": (["fit", "--config", "ranking/awmoe", "--model.model.experts=4"], "experts"),
-    "wrong type": (["fit", "--config", "ranking/awmoe", "--data.batch_size=many"], "batch_size"),
+    "wrong type": (
+        ["fit", "--config", "ranking/awmoe", "--data.batch_size=many"],
+        "batch_size: expected int, got many",
+    ),
+    "wrong choice": (
+        ["fit", "--config", "rewards/dmoerm", "--model.model.route=x"],
+        "route: expected one of 'predicted'",
+    ),
+    "wrong type for a source": (
+        ["fit", "--config", "rewards/dmoerm", "--data.files.conflict=maybe"],
+        "data.files.conflict: expected bool, got maybe",
+    ),
     "missing file": (
         ["fit", "--config", "ranking/awmoe", "--data.source=long", "--data.files.events=no.csv"],
         "no.csv",
