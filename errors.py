@@ -23,10 +23,21 @@ def plain_type_error(message: str) -> str:
     """A message of jsonargparse's on a value of a wrong type as `KEY: expected TYPES, got VALUE`; others unchanged,
     but in one line."""
     key = re.search(r'Parser key "(.+?)":', message)
-    value = re.search(r"(?:Got|Given) value: (.*)\Z", message, re.DOTALL)
-    types = re.findall(r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[(.+?)\])", message)
-    if not (key and value and types):
+    values = re.findall(r"(?:Got|Given) value: ([^\n]*)", message)
+    union = re.search(r"Subtypes: \[(.*)\]", message)
+    if union:
+        types = re.split(r", (?![^\[]*\])", union[1])
+    else:
+        types = re.findall(r"Expected an? (<class '[\w.]+'>|typing\.Literal\[.+?\]|tuple with \d+ elements?)", message)
+    if not (key and values and types):
         return " ".join(line.strip(" -") for line in message.splitlines() if line.strip(" -"))
+    expected = " or ".join(dict.fromkeys(_type_name(one) for one in types))
+    return f"{key[1]}: expected {expected}, got {values[-1].strip()}"
+
+
+def _type_name(one: str) -> str:
     names = {"NoneType": "null", "Sequence": "list", "Mapping": "dict"}
-    expected = [f"one of {choices}" if choices else names.get(name, name) for name, choices in types]
-    return f"{key[1]}: expected {' or '.join(dict.fromkeys(expected))}, got {' '.join(value[1].split())}"
+    if one.startswith("typing.Literal["):
+        return f"one of {one[15:-1]}"
+    found = re.fullmatch(r"<class '(?:\w+\.)*(\w+)'>", one)
+    return names.get(found[1], found[1]) if found else one.replace("collections.abc.", "").replace("typing.", "")

@@ -6,6 +6,7 @@ what it describes.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -79,11 +80,13 @@ def resolve(name_or_path: str | Path) -> Path:
 
 
 def name_of(name_or_path: str | Path) -> str:
-    """`<domain>/<recipe>` of a packaged recipe or of a user's file (its folder and stem)."""
+    """`<domain>/<recipe>` of a packaged recipe or of a user's file (its folder and stem), as results name it: other
+    signs than letters, digits, `_`, `.` and `-` become `_`."""
     path = resolve(name_or_path).resolve()
     if path.name == "config.yaml":  # the copy in a run folder: runs/<domain>/<recipe>/s<seed>/config.yaml
         path = path.parent.parent
-    return f"{path.parent.name or 'own'}/{path.stem}"
+    domain = re.sub(r"[^a-z0-9_]+", "_", path.parent.name.lower()) or "own"
+    return f"{domain}/{re.sub(r'[^A-Za-z0-9_.-]+', '_', path.stem)}"
 
 
 def read(name_or_path: str | Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ units.parquet. Everything the user gave is checked before a Trainer exists, so a
 
 import math
 import os
+import re
 import shutil
 import time
 import warnings
@@ -260,6 +261,8 @@ def check_fits(trained: Any, model: ZooModel, name: str) -> None:
         raise UserError(f"--weights: these are of {type(trained).__name__}, but {name} is {type(model).__name__}")
     for key, value in model.init_args.items():
         theirs: Any = trained.init_args.get(key)
+        if key == "schema" and _same_text(theirs, value):
+            continue
         if theirs != value and key == "schema":
             raise UserError(
                 f"--weights: trained on {theirs['dataset']}, but the data is {value['dataset']} (other vocabulary): "
@@ -267,6 +270,18 @@ def check_fits(trained: Any, model: ZooModel, name: str) -> None:
             )
         if theirs != value:
             raise UserError(f"--weights: trained with {key}={theirs}, but the recipe says {key}={value}")
+
+
+def _same_text(trained: Any, data: Any) -> bool:
+    """Whether data of texts means the same to a model, whatever file it comes from: same tokens, tasks and lengths."""
+    if not (isinstance(trained, dict) and isinstance(data, dict) and "tokenizer" in trained and "tokenizer" in data):
+        return False
+
+    def meaning(schema: dict[str, Any]) -> dict[str, Any]:
+        names = [task["name"] for task in schema["tasks"]]
+        return {k: v for k, v in schema.items() if k not in ("dataset", "fingerprint")} | {"tasks": names}
+
+    return meaning(trained) == meaning(data)
 
 
 def _prepare(run_dir: Path, request: Request, config: str) -> str | None:
@@ -320,7 +335,7 @@ def build_result(cli: RecipeCLI, request: Request, seconds: float) -> Result:
     schema = cli.datamodule.schema
     return Result(
         recipe=cli.name,
-        dataset=schema["dataset"],
+        dataset=re.sub(r"[^A-Za-z0-9_.-]+", "_", schema["dataset"]).lstrip(".-") or "own",
         split="test",
         seed=cli.seed,
         metrics={name: float(value) for name, value in outcome.metrics.items() if math.isfinite(value)},

@@ -85,6 +85,12 @@ class RankingData(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         self.source, self.files = source, files or {}
+        least = {"history_length": (history_length, 0), "negatives": (negatives, 1), "batch_size": (batch_size, 1)}
+        least |= {"eval_batch_size": (eval_batch_size, 1), "num_workers": (num_workers, 0)}
+        least |= {} if epoch_sessions is None else {"epoch_sessions": (epoch_sessions, 1)}
+        for name, (value, bound) in least.items():
+            if value < bound:
+                raise UserError(f"data.{name}={value}: expected at least {bound}")
         if not 0 <= query_history <= history_length:
             raise UserError(f"data.query_history={query_history}: expected 0 to history_length={history_length}")
         self.history_length, self.query_history, self.negatives = history_length, query_history, negatives
@@ -256,8 +262,7 @@ def read_source(source: str, files: Mapping[str, Any]) -> RankingTables:
         "fuxictr": ranking_formats.read_fuxictr,
     }
     reader = readers[source]
-    check_arguments(source, reader, files, none="none: it ships with moezoo")
-    return reader(**files)
+    return reader(**check_arguments(source, reader, files, none="none: it ships with moezoo"))
 
 
 class Drawn(NamedTuple):

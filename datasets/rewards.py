@@ -88,10 +88,10 @@ class RewardsData(lightning.LightningDataModule):
         self.prompt_length = prompt_length or max(self.max_length // 2, 8)
         self.tasks, self.split, self.shares = tasks, split, tuple(shares)
         self.batch_size, self.eval_batch_size, self.similar_lengths = batch_size, eval_batch_size, similar_lengths
-        counts = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "max_length": self.max_length - 7}
-        for name, value in counts.items():
-            if value < 1:
-                raise UserError(f"data.{name}: expected at least {8 if name == 'max_length' else 1}")
+        least = {"batch_size": 1, "eval_batch_size": 1, "max_length": 8, "prompt_length": 8}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise UserError(f"data.{name}: expected at least {value}")
         if not 0.0 < phase1_share < 1.0:
             raise UserError(f"data.phase1_share={phase1_share}: expected a share between 0 and 1, e.g. 0.6")
         if len(self.shares) != 3 or min(self.shares) <= 0 or abs(sum(self.shares) - 1) > 1e-6:
@@ -111,8 +111,7 @@ class RewardsData(lightning.LightningDataModule):
             return generated(self.files)
         from .rewards_formats import open_files
 
-        check_arguments("files", open_files, self.files)
-        return open_files(**self.files)
+        return open_files(**check_arguments("files", open_files, self.files))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -211,8 +210,8 @@ class RewardsData(lightning.LightningDataModule):
         if not len(chosen):
             what = {2: "pair of a single capability"}.get(phase, "pair of overall quality")
             raise UserError(
-                f"{self.opened.name}: split '{split}' has no {what} for phase {phase}; give a file that has some, or "
-                "train without this phase"
+                f"{self.opened.name}: split '{split}' has no {what} for phase {phase}; give more pairs, or "
+                "--data.split prompt, which draws train, valid and test anew"
             )
         return chosen.to_torch()
 
@@ -255,8 +254,7 @@ class RewardsData(lightning.LightningDataModule):
 def generated(files: Mapping[str, Any]) -> Preferences:
     """The generator's data with some of its arguments."""
     hint = "; your own files need --data.source files" if "path" in files else ""
-    check_arguments("generator", rewards_generator.generate, files, hint=hint)
-    return rewards_generator.generate(**files)
+    return rewards_generator.generate(**check_arguments("generator", rewards_generator.generate, files, hint=hint))
 
 
 def _without_generators(files: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,6 +283,10 @@ def split_pairs(pairs: pl.DataFrame, shares: Sequence[float], anew: bool, name: 
     )
     pairs = pairs.join(place, on="turn", how="left", maintain_order="left")
     pairs = pairs.with_columns(split=pl.when(own).then("split").otherwise(drawn))
+    if not anew and not (pairs["split"] == "valid").any():  # files of train and test: some of train validates
+        held = (pl.col("split") == "train") & (pl.col("place") >= train / valid)
+        moved = pairs.with_columns(split=pl.when(held).then(pl.lit("valid")).otherwise("split"))
+        pairs = moved if (moved["split"] == "train").any() else pairs
     trained = pairs.filter(pl.col("split") == "train")["turn"].unique()
     shared = pairs.filter((pl.col("split") == "test") & pl.col("turn").is_in(trained.implode())).height
     if shared and not anew:

@@ -71,6 +71,14 @@ def open_files(
     names = pairs["task"].drop_nulls().unique(maintain_order=True).to_list()
     if not names:
         pairs, names = pairs.with_columns(task=pl.lit(ONE_TASK)), [ONE_TASK]
+    lost = pairs.filter(pl.col("capability").is_not_null() & pl.col("task").is_null())
+    if lost.height:
+        raise UserError(
+            f"{files[0]}: {lost.height:,} judgements of a capability name no task, such as '{lost['capability'][0]}', "
+            f"but others do ({', '.join(names[:5])}); give each a task, or data.files.task for all"
+        )
+    if ties:
+        _LOG.warning(f"{files[0]}: {ties:,} ties left out, {len(pairs):,} pairs kept")
     return Preferences(
         name=name or files[0].name.split(".")[0],
         tasks=[{"name": task_name, "capabilities": _capabilities(pairs, task_name)} for task_name in names],

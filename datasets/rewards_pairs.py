@@ -68,11 +68,13 @@ def messages(rows: Rows, i: int, value: Any, field: str) -> list[dict[str, str]]
 def facts(rows: Rows, i: int, row: Mapping[str, Any], task: str | None) -> dict[str, Any]:
     """What a row says of itself besides the texts."""
     named = next((row[name] for name in _TASK_NAMES if isinstance(row.get(name), str)), None)
+    if named is None and isinstance(row.get("task"), int):
+        named = str(row["task"])
     capability = row.get("capability", row.get("dim"))
     optional = {name: row.get(name) for name in ("source", "subset", "group_id")}
     numbers = {name: row.get(name) for name in ("margin", "agree")}
     return {
-        "id": str(row.get("id", i)),
+        "id": str(i if row.get("id") is None else row["id"]),
         "task": named if task is None else task,
         "split": rows.split(i, row.get("split")),
         "capability": None if capability is None else rows.text(i, capability, "capability"),

@@ -30,6 +30,10 @@ class Rows:
         """A text that is there; it may be empty."""
         if not isinstance(value, str):
             self.fail(row, f"'{field}' is {shown(value)}; expected a text")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            self.fail(row, f"'{field}' holds half a character ({shown(value[error.start])}); expected Unicode text")
         return value
 
     def texts(self, row: int, value: Any, field: str) -> list[str]:
@@ -118,7 +122,7 @@ def _json_lines(file: Path) -> list[dict[str, Any]]:
     rows = []
     open_as_text: Any = partial(gzip.open, mode="rt") if file.suffix == ".gz" else open
     try:
-        with open_as_text(file, encoding="utf-8") as lines:
+        with open_as_text(file, encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     rows.append(_object(file, f"line {number}", line))

@@ -1,5 +1,6 @@
 """Ranked lists of responses and scores per attribute: every pair within a prompt that is not tied."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,10 @@ from .rewards_table import transcript
 OVERALL = ("overall", "overall_score", "quality")
 _PROMPTS = ("prompt", "context", "instruction", "question", "input")
 _ANSWERS = ("response", "output", "completion", "answer")
-_NO_ATTRIBUTES = {"id", "margin", "agree", "raw", "gold", "turn", "index", "row"}  # and all that end in _id
+_NO_ATTRIBUTES = {
+    "id", "margin", "agree", "raw", "gold", "turn", "index", "row", "rank", "length", "n_tokens", "num_tokens",
+    "tokens", "year", "timestamp",
+}  # and all that end in _id  # fmt: skip
 
 
 class Scored(NamedTuple):
@@ -95,18 +99,18 @@ def read_scores(rows: Rows, task: str | None = None, overall: Sequence[str] = OV
 
 
 def pairs_of(scored: Iterable[Scored], most_pairs: int) -> tuple[list[dict[str, Any]], int]:
-    """Of each group and attribute every pair of responses with different scores, at most `most_pairs` by the hash of
-    their texts; and how many pairs were tied.
+    """Of each prompt of a group and each attribute every pair of responses with different scores, at most `most_pairs`
+    by the hash of their texts; and how many pairs were tied.
 
     A response that was scored several times has its mean.
     """
-    cells: dict[tuple[str, str | None], dict[str, list[float]]] = {}
-    about: dict[str, Scored] = {}
+    cells: dict[tuple[str, str, str | None], dict[str, list[float]]] = {}
+    about: dict[tuple[str, str], Scored] = {}
     for one in scored:
-        about.setdefault(one.group, one)
-        cells.setdefault((one.group, one.attribute), {}).setdefault(one.response, []).append(one.score)
+        about.setdefault((one.group, one.prompt), one)
+        cells.setdefault((one.group, one.prompt, one.attribute), {}).setdefault(one.response, []).append(one.score)
     pairs, ties = [], 0
-    for (group, attribute), responses in cells.items():
+    for (group, prompt, attribute), responses in cells.items():
         mean = {text: sum(scores) / len(scores) for text, scores in responses.items()}
         texts = sorted(mean, key=lambda text: -mean[text])
         found = [(mean[a] - mean[b], a, b) for k, a in enumerate(texts) for b in texts[k + 1 :]]
@@ -114,7 +118,7 @@ def pairs_of(scored: Iterable[Scored], most_pairs: int) -> tuple[list[dict[str, 
         found = [pair for pair in found if pair[0] > 1e-9]
         if len(found) > most_pairs:
             found = sorted(found, key=lambda pair: prompt_id(pair[1] + pair[2]))[:most_pairs]
-        one = about[group]
+        one = about[group, prompt]
         for k, (gap, better, worse) in enumerate(found):
             pairs.append(
                 {
@@ -165,13 +169,11 @@ def _row_scores(rows: Rows, i: int, row: Mapping[str, Any]) -> Iterator[tuple[st
     if name is not None:
         yield answer, rows.text(i, name, "dim"), rows.number(i, row.get("score"), "score")
         return
+    untyped = rows.file.suffix in (".csv", ".tsv")  # every cell is a text
     numbers = {
         key: value
         for key, value in row.items()
-        if key not in _NO_ATTRIBUTES
-        and not key.endswith("_id")
-        and isinstance(value, int | float)
-        and not isinstance(value, bool)
+        if key not in _NO_ATTRIBUTES and not key.endswith("_id") and _is_score(value, untyped)
     }
     if not numbers:
         rows.fail(
@@ -179,6 +181,15 @@ def _row_scores(rows: Rows, i: int, row: Mapping[str, Any]) -> Iterator[tuple[st
         )
     for key, value in numbers.items():
         yield answer, key, rows.number(i, value, key)
+
+
+def _is_score(value: Any, untyped: bool) -> bool:
+    if untyped and isinstance(value, str):
+        try:
+            return math.isfinite(float(value))
+        except ValueError:
+            return False
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _completion(rows: Rows, i: int, part: Any) -> Iterator[tuple[str, str, float]]:

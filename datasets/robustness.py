@@ -225,5 +225,4 @@ def open_source(source: str, files: dict[str, Any]) -> ImageSource:
     if source == "auto":
         source, path = detect(str(files["path"]))
         files = files | {"path": path}
-    check_arguments(source, openers[source], files)
-    return openers[source](**files)
+    return openers[source](**check_arguments(source, openers[source], files))

@@ -1,7 +1,9 @@
 """What the user gave for a data source, checked against the function that reads it."""
 
 from collections.abc import Callable, Collection, Mapping
+from copy import deepcopy
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, plain_type_error
@@ -14,8 +16,11 @@ def check_arguments(
     hidden: Collection[str] = (),
     none: str = "none",
     hint: str = "",
-) -> None:
+) -> dict[str, Any]:
     """Check `data.files` against the names and types that a source's reader declares.
+
+    On the way `null` of the command line, which arrives as a text, becomes None, a path a text, and a number that
+    stands for a text (a name such as 2021) that text.
 
     Args:
         source: its name, for the message.
@@ -24,6 +29,9 @@ def check_arguments(
         hidden: arguments of the reader that are not the user's.
         none: said of a reader without arguments.
         hint: added where an argument is unknown.
+
+    Returns:
+        The arguments for the reader.
 
     Raises:
         UserError: an argument that the reader does not take, one that is missing, or a value of another type.
@@ -36,16 +44,32 @@ def check_arguments(
     missing = [name for name, p in arguments.items() if p.default is p.empty and name not in files]
     if missing:
         raise UserError(f"data.files.{missing[0]}: source '{source}' needs it, e.g. --data.files.{missing[0]} PATH")
-    _check_types(reader, files, set(hidden))
+    given = {
+        name: None if value in ("None", "null") and arguments[name].default is None else value
+        for name, value in files.items()
+    }
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    if (wrong := _type_error(reader, given, set(hidden))) is None:
+        return given
+    texts = {n: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for n, v in given.items()}
+    for name, text in texts.items():
+        if text is not given[name] and _type_error(reader, {name: given[name]}, set(arguments) - {name} | set(hidden)):
+            given[name] = text
+    wrong = _type_error(reader, given, set(hidden))
+    if wrong is not None:
+        raise UserError(f"data.files.{plain_type_error(wrong)}")
+    return given
 
 
-def _check_types(reader: Callable[..., Any], files: Mapping[str, Any], hidden: set[str]) -> None:
+def _type_error(reader: Callable[..., Any], files: Mapping[str, Any], hidden: set[str]) -> str | None:
+    """What jsonargparse says of the values; nothing of those that are hidden."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
     add = parser.add_class_arguments if isinstance(reader, type) else parser.add_function_arguments
     add(reader, skip=set(hidden), fail_untyped=False)
     try:
-        parser.parse_object(dict(files))
+        parser.parse_object(deepcopy(dict(files)))
     except ArgumentError as error:
-        raise UserError(f"data.files.{plain_type_error(str(error))}") from None
+        return str(error)
+    return None

@@ -84,13 +84,17 @@ class StocksData(lightning.LightningDataModule):
         self.splits, self.clip_return, self.bad_rows = splits, clip_return, bad_rows
         self.days_per_year, self.cache = days_per_year, cache
         self.days_per_batch, self.eval_days_per_batch = days_per_batch, eval_days_per_batch
-        for name, value in (("lookback", lookback), ("horizon", horizon), ("days_per_batch", days_per_batch)):
+        least = {"lookback": lookback, "horizon": horizon, "days_per_batch": days_per_batch}
+        least |= {"eval_days_per_batch": eval_days_per_batch, "days_per_year": days_per_year}
+        for name, value in least.items():
             if value < 1:
                 raise UserError(f"data.{name}={value}: expected at least 1")
+        if clip_return is not None and clip_return <= 0:
+            raise UserError(f"data.clip_return={clip_return}: expected more than 0, or null")
         if source == "planted" and horizon != 1:
             raise UserError(f"data.horizon={horizon}: the planted market has one-day labels; set data.horizon=1")
         if source == "planted":
-            check_arguments("planted", stocks_planted.planted_panel, self.files, hidden=["lookback"])
+            self.files = check_arguments("planted", stocks_planted.planted_panel, self.files, hidden=["lookback"])
 
     @cached_property
     def opened(self) -> Source:
@@ -240,5 +244,5 @@ def open_source(source: str, files: Mapping[str, Any]) -> Source:
         "qlib": open_qlib,
         "wide": open_wide,
     }
-    check_arguments(source, openers[source], files, none="none: its files come with the extra 'stocks'")
-    return openers[source](**files)
+    none = "none: its files come with the extra 'stocks'"
+    return openers[source](**check_arguments(source, openers[source], files, none=none))

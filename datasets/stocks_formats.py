@@ -73,6 +73,9 @@ def open_long(
         name: of the dataset on the leaderboard; default: the file's.
     """
     files = _price_files(Path(prices))
+    for field, file in {"membership": membership, "calendar": calendar}.items():
+        if file is not None and not Path(file).is_file():
+            raise UserError(f"data.files.{field}={file}: no such file")
     extra = tuple(Path(file) for file in (membership, calendar) if file is not None)
     index = (Path(benchmark),) if benchmark is not None and Path(benchmark).is_file() else ()
     head = _columns(files[0], _header(files[0]), columns)

@@ -364,11 +364,13 @@ def evaluate(seen: Judged, names: Sequence[str] = ()) -> TestResult:
         "pair_accuracy_se": accuracy.micro_se,
     }
     info = {"pair_accuracy": share, "pair_accuracy_macro": share, "pair_accuracy_se": MetricInfo("min", n=n)}
+    taken = {*metrics, "pair_accuracy_oracle"}
     for name, part in accuracy.by_task.items():
-        metrics[f"pair_accuracy_{_snake(name)}"], info[f"pair_accuracy_{_snake(name)}"] = (
-            part.value,
-            MetricInfo("max", n=part.n),
-        )
+        key = f"pair_accuracy_{_snake(name)}"
+        while key in taken:
+            key += "_"
+        taken.add(key)
+        metrics[key], info[key] = part.value, MetricInfo("max", n=part.n)
     if pairs.logits.shape[1]:
         routing = router_report(pairs.logits, pairs.task)
         oracle = pair_accuracy(pairs.oracle[:, 0], pairs.oracle[:, 1])

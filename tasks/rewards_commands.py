@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _PROG = "moezoo rewards"
 
+_MAX_TOKENS = 64
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -52,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     label.add_argument("--cache", type=Path, help="answers so far (default: OUTPUT with .answers.jsonl)")
     label.add_argument("--limit", type=int, help="only the first so many pairs")
     label.add_argument("--jobs", type=int, default=4, help="questions at a time (default: 4)")
-    label.add_argument("--max_tokens", type=int, default=64, help="of an answer (default: 64)")
+    label.add_argument("--max_tokens", type=int, default=_MAX_TOKENS, help="of an answer (default: 64)")
     label.add_argument("--timeout", type=float, default=60.0, help="seconds for an answer (default: 60)")
     label.add_argument("--retries", type=int, default=5, help="further tries of a question (default: 5)")
     label.set_defaults(execute=_label)
@@ -84,9 +86,11 @@ def _label(arguments: argparse.Namespace) -> None:
     from .rewards_eval import write_json
     from .rewards_label import TEMPLATE, label
 
-    for name in ("jobs", "max_tokens", "timeout"):
-        if not getattr(arguments, name) > 0:
+    for name in ("jobs", "max_tokens", "timeout", "limit"):
+        if getattr(arguments, name) is not None and not getattr(arguments, name) > 0:
             raise UserError(f"--{name} {getattr(arguments, name)}: expected more than 0")
+    if arguments.retries < 0:
+        raise UserError(f"--retries {arguments.retries}: expected 0 or more")
     judge, judge_name = _judge(arguments)
     template = TEMPLATE
     if arguments.template is not None:
@@ -96,6 +100,8 @@ def _label(arguments: argparse.Namespace) -> None:
     capabilities = _capabilities(arguments.capabilities)
     pairs = read_candidates(arguments.files, arguments.task)[: arguments.limit]
     cache = arguments.cache or arguments.output.with_suffix(".answers.jsonl")
+    if cache.is_dir():
+        raise UserError(f"--cache {cache}: is a folder; expected a file")
     with _progress("asking") as progress:
         table, report = label(pairs, capabilities, judge, cache, judge_name, arguments.jobs, template, progress)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +132,9 @@ def _judge(arguments: argparse.Namespace) -> tuple[Callable[[str], str], str]:
         timeout=arguments.timeout,
         retries=arguments.retries,
     )
-    return judge, arguments.model
+    # More room for an answer is another judge: what it could not finish before is asked again.
+    longer = arguments.max_tokens != _MAX_TOKENS
+    return judge, f"{arguments.model} {arguments.max_tokens}" if longer else arguments.model
 
 
 def _capabilities(given: str | None) -> Mapping[str, Sequence[str]]:

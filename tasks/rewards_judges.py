@@ -1,5 +1,6 @@
 """Judges: an OpenAI-compatible endpoint, or any Python callable by its name."""
 
+import http.client
 import json
 import time
 import urllib.error
@@ -7,6 +8,7 @@ import urllib.request
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
+from urllib.parse import urlsplit
 
 from ..errors import UserError
 
@@ -46,6 +48,12 @@ class OpenAIJudge:
     ) -> None:
         if not endpoint.startswith(("http://", "https://")):
             raise UserError(f"--endpoint {endpoint}: expected a URL such as http://localhost:8000/v1")
+        try:
+            _ = urlsplit(endpoint).port
+        except ValueError as error:
+            raise UserError(
+                f"--endpoint {endpoint}: {error}; expected a URL such as http://localhost:8000/v1"
+            ) from None
         base = endpoint.rstrip("/")
         self.url = base if base.endswith("/chat/completions") else f"{base}/chat/completions"
         self.model, self.key, self.timeout, self.retries, self.wait = model, key, timeout, retries, wait
@@ -69,7 +77,7 @@ class OpenAIJudge:
                 if error.code not in _AGAIN or not tries_left:
                     raise UserError(f"{self.url}: {reason}") from None
                 wait = _seconds(error.headers.get("Retry-After"), wait)
-            except (OSError, TimeoutError) as error:  # URLError is an OSError
+            except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
                 if not tries_left:
                     raise UserError(
                         f"{self.url}: {getattr(error, 'reason', error)} after {self.retries + 1} tries; is the server "

@@ -190,6 +190,8 @@ def ask(
     if not waiting:
         return
     cache.parent.mkdir(parents=True, exist_ok=True)
+    if cache.exists() and (content := cache.read_bytes()) and not content.endswith(b"\n"):
+        cache.write_bytes(content + b"\n")  # the run was killed between a line and its end
     with cache.open("a", encoding="utf-8") as stream, ThreadPoolExecutor(jobs) as pool:
         running: dict[Future[str], str] = {}
 

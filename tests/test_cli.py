@@ -134,6 +134,7 @@ MISTAKES = {
         ["fit", "--config", "rewards/dmoerm", "--model.model.route=x"],
         "route: expected one of 'predicted'",
     ),
+    "no batch": (["fit", "--config", "ranking/awmoe", "--data.batch_size=0"], "data.batch_size=0: expected at least 1"),
     "wrong type for a source": (
         ["fit", "--config", "rewards/dmoerm", "--data.files.conflict=maybe"],
         "data.files.conflict: expected bool, got maybe",

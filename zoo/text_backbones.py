@@ -292,6 +292,7 @@ class HuggingFaceBackbone(Backbone):
                 f"give its tokenizer, --data.tokenizer {name}"
             )
         self.copies, self.dim = copies, int(config.hidden_size)
+        _check_text(name, schema, config, pretrained)
         self.causal = not _is_encoder(config)
         self.pooling: Pooling = pooling or ("last" if self.causal else "mean")
         self.bodies = nn.ModuleList([body, *(deepcopy(body) for _ in range(copies - 1))])
@@ -325,6 +326,27 @@ class HuggingFaceBackbone(Backbone):
             seen = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], 1)  # rows without tokens see something too
             hidden = body(input_ids=tokens, attention_mask=seen.long()).last_hidden_state
         return pool(hidden, mask, self.pooling)
+
+
+def _check_text(name: str, schema: Mapping[str, Any], config: Any, pretrained: bool) -> None:
+    """Ids must be those that the network was trained on, and rows no longer than its positions.
+
+    Raises:
+        UserError: they are not.
+    """
+    tokenizer = str(schema.get("tokenizer", ""))
+    other = tokenizer in ("words", "lexicon") or (tokenizer in PACKAGES and name in PACKAGES and tokenizer != name)
+    if pretrained and other:
+        raise UserError(
+            f"backbone={name}: data.tokenizer={tokenizer} has other ids than it was trained on; give --data.tokenizer "
+            f"{name.removeprefix('hf:')}"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and "roberta" in str(getattr(config, "model_type", "")):
+        positions -= config.pad_token_id + 1
+    for field in ("max_length", "prompt_length"):
+        if positions and int(schema.get(field) or 0) > positions:
+            raise UserError(f"data.{field}={schema[field]}: backbone={name} takes {positions} tokens at most")
 
 
 def pool(

@@ -350,3 +350,46 @@ def test_real_capability_scores_are_pairs_per_dimension():
     human = made.pairs.filter(pl.col("capability").is_null())
     assert set(human["task"]) == {"chitchat", "data2text"} and (made.pairs["margin"] > 0).all()
     assert made.pairs.group_by("group_id", "capability").len()["len"].max() == 8
+
+
+def test_answers_to_different_prompts_are_never_compared(tmp_path):
+    rows = [{"id": None, "prompt": f"p{i}", "responses": [f"a{i}", f"b{i}"], "rank": [1, 2]} for i in range(3)]
+    for same in (None, "conv1"):
+        (tmp_path / "lists.jsonl").write_text("\n".join(json.dumps(row | {"id": same}) for row in rows))
+        pairs = open_files(str(tmp_path / "lists.jsonl")).pairs
+        found = sorted(pairs.select("prompt", "chosen", "rejected").rows())
+        assert found == [(f"p{i}", f"a{i}", f"b{i}") for i in range(3)]
+
+
+def test_scores_in_csv_are_numbers_and_counts_no_attributes(tmp_path):
+    lines = ["prompt,response,helpfulness,n_tokens"] + [
+        f"p,{text},{score},{9 - score}" for score, text in enumerate("abc")
+    ]
+    (tmp_path / "s.csv").write_text("\n".join(lines))
+    pairs = open_files(str(tmp_path / "s.csv"), task="chat").pairs
+    assert set(pairs["capability"]) == {"helpfulness"} and ("c", "a") in pairs.select("chosen", "rejected").rows()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "p \ud83d", "chosen": "a", "rejected": "b"}], "row 1: 'prompt' holds half a character"),
+        (
+            [
+                {"prompt": "p", "chosen": "a", "rejected": "b", "task": "t"},
+                {"prompt": "q", "chosen": "a", "rejected": "b", "capability": "k"},
+            ],
+            "1 judgements of a capability name no task, such as 'k', but others do",
+        ),
+    ],
+)
+def test_rows_that_would_train_the_wrong_thing_are_told(tmp_path, rows, message):
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=message):
+        open_files(str(tmp_path / "x.jsonl"))
+
+
+def test_numbered_tasks_are_tasks(tmp_path):
+    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b", "task": i % 2} for i in range(4)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [task["name"] for task in open_files(str(tmp_path / "x.jsonl")).tasks] == ["0", "1"]

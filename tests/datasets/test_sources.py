@@ -27,7 +27,18 @@ class Options:
     ],
 )
 def test_what_a_reader_declares_passes(files):
-    check_arguments("mine", read, files, hidden=["features"])
+    assert check_arguments("mine", read, files, hidden=["features"]) == files
+
+
+def test_null_paths_and_numbers_for_texts_become_what_is_meant():
+    def named(path: str, name: str | None = None, most: int | None = None, shares: tuple[float, ...] = ()):
+        raise AssertionError("checking must not read")
+
+    shares = [1, 0]
+    given = check_arguments("mine", named, {"path": Path("a"), "name": 2021, "most": "None", "shares": shares})
+    assert given == {"path": "a", "name": "2021", "most": None, "shares": [1, 0]}
+    assert [type(share) for share in shares] == [int, int]  # the caller's list is left as it was
+    assert check_arguments("mine", named, {"path": "a", "name": "None", "most": 3})["name"] is None
 
 
 @pytest.mark.parametrize(
@@ -36,7 +47,7 @@ def test_what_a_reader_declares_passes(files):
         ({"path": "a", "flip": "maybe"}, r"^data\.files\.flip: expected bool, got maybe$"),
         ({"path": "a", "share": "half"}, r"^data\.files\.share: expected float, got half$"),
         ({"path": "a", "kind": "c"}, r"^data\.files\.kind: expected one of 'a', 'b', got c$"),
-        ({"path": 3}, r"^data\.files\.path: expected str or list, got 3$"),
+        ({"path": True}, r"^data\.files\.path: expected str or list\[str\], got True$"),
         ({"path": "a", "pth": "b"}, r"^data\.files\.pth: source 'mine' has no such argument; it takes path, kind, sh"),
         ({"path": "a", "features": 3}, r"^data\.files\.features: source 'mine' has no such argument"),
         ({}, r"^data\.files\.path: source 'mine' needs it, e\.g\. --data\.files\.path PATH$"),

@@ -15,6 +15,7 @@ TASKS = [
     {"name": "qa", "capabilities": ["logic", "depth", "relevance"]},
 ]
 SCHEMA = {"vocab_size": 20, "pad_token": 0, "tasks": TASKS, "max_length": 12, "tokenizer": "words"}
+OWN = SCHEMA | {"tokenizer": "the network's"}
 SMALL = {"width": 16, "heads": 2, "hidden": 24, "layers": 2}
 BASES = ["full", "lora", "shared"]
 
@@ -28,9 +29,9 @@ def stirred(model, seed=1):
     return model
 
 
-def make(seed=0, **changes):
+def make(seed=0, schema=SCHEMA, **changes):
     torch.manual_seed(seed)
-    return stirred(DMoERM(SCHEMA, **{"backbone_options": SMALL, "rank": 2, "alpha": 4.0} | changes)).eval()
+    return stirred(DMoERM(schema, **{"backbone_options": SMALL, "rank": 2, "alpha": 4.0} | changes)).eval()
 
 
 def inputs(rows=8, length=9, seed=0, each=2):
@@ -340,7 +341,7 @@ def hugging_face(tmp_path_factory):
 @pytest.mark.parametrize("task_base", BASES)
 def test_hugging_face_models_are_backbones(hugging_face, name, task_base):
     targets = ["q_proj", "v_proj"] if name == "llama" else ["query", "value"]
-    backbone = {"backbone": f"hf:{hugging_face / name}", "backbone_options": None}
+    backbone = {"backbone": f"hf:{hugging_face / name}", "backbone_options": None, "schema": OWN}
     model = make(**backbone, task_base=task_base, targets=targets, router="separate")
     assert model.backbone.pooling == ("last" if name == "llama" else "mean")
     given, capability = inputs(rows=8, each=1)
@@ -362,7 +363,7 @@ def test_hugging_face_models_are_backbones(hugging_face, name, task_base):
 
 @pytest.mark.parametrize("name", ["llama", "bert", "roberta"])
 def test_rows_reach_a_hugging_face_model_with_all_padding_behind(hugging_face, name):
-    backbone = build_backbone(f"hf:{hugging_face / name}", SCHEMA)
+    backbone = build_backbone(f"hf:{hugging_face / name}", OWN)
     body = backbone.bodies[0]
     given = {}
     body.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True)
@@ -384,7 +385,7 @@ def test_rows_reach_a_hugging_face_model_with_all_padding_behind(hugging_face, n
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", ["llama", "bert", "roberta"])
 def test_on_the_gpu_padding_on_the_left_gives_the_numbers_of_the_cpu(hugging_face, name, autocast):
-    backbone = build_backbone(f"hf:{hugging_face / name}", SCHEMA)
+    backbone = build_backbone(f"hf:{hugging_face / name}", OWN)
     tokens, mask = torch.randint(2, 20, (6, 40)), torch.arange(40) >= torch.tensor([0, 3, 17, 32, 39, 40])[:, None]
     want = backbone(tokens, mask)
     backbone.cuda()
@@ -398,9 +399,16 @@ def test_on_the_gpu_padding_on_the_left_gives_the_numbers_of_the_cpu(hugging_fac
 
 
 def test_a_pretrained_backbone_stays_as_it_is_under_lora(hugging_face):
-    model = make(backbone=f"hf:{hugging_face / 'llama'}", backbone_options=None, task_base="lora", router="head")
+    model = make(
+        schema=OWN, backbone=f"hf:{hugging_face / 'llama'}", backbone_options=None, task_base="lora", router="head"
+    )
     moved = {id(p) for k in (1, 2, 3) for p in model.phase_parameters(k)}
     body = [p for name, p in model.backbone.named_parameters() if ".experts." not in name]
     assert not moved & {id(p) for p in body}
     with pytest.raises(UserError, match="knows 20 tokens, the data has 30; give its tokenizer"):
-        build_backbone(f"hf:{hugging_face / 'llama'}", SCHEMA | {"vocab_size": 30})
+        build_backbone(f"hf:{hugging_face / 'llama'}", OWN | {"vocab_size": 30})
+    with pytest.raises(UserError, match=r"data.tokenizer=words has other ids than it was trained on; give --data.tok"):
+        build_backbone(f"hf:{hugging_face / 'llama'}", SCHEMA)
+    for name, most in {"llama": 64, "roberta": 62}.items():
+        with pytest.raises(UserError, match=f"data.max_length=65: .* takes {most} tokens at most"):
+            build_backbone(f"hf:{hugging_face / name}", OWN | {"max_length": 65})
