@@ -44,16 +44,17 @@ def check_arguments(
     missing = [name for name, p in arguments.items() if p.default is p.empty and name not in files]
     if missing:
         raise UserError(f"data.files.{missing[0]}: source '{source}' needs it, e.g. --data.files.{missing[0]} PATH")
-    given = {
-        name: None if value in ("None", "null") and arguments[name].default is None else value
-        for name, value in files.items()
-    }
+
+    def alone(name: str, value: Any) -> str | None:
+        return _type_error(reader, {name: value}, set(arguments) - {name} | set(hidden))
+
+    given = {n: None if v in ("None", "null") and alone(n, None) is None else v for n, v in files.items()}
     given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     if (wrong := _type_error(reader, given, set(hidden))) is None:
         return given
     texts = {n: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for n, v in given.items()}
     for name, text in texts.items():
-        if text is not given[name] and _type_error(reader, {name: given[name]}, set(arguments) - {name} | set(hidden)):
+        if text is not given[name] and alone(name, given[name]) is not None:
             given[name] = text
     wrong = _type_error(reader, given, set(hidden))
     if wrong is not None:

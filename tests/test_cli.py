@@ -276,3 +276,34 @@ def test_the_hash_knows_what_changes_a_result_from_what_does_not(tmp_path):
     assert recipes.recipe_hash(path, ["--model.model.num_experts=8"]) != same
     path.write_text(text.replace("num_experts: 4", "num_experts: 5"))
     assert recipes.recipe_hash(path) != same
+
+
+def test_a_users_recipe_and_file_may_bear_any_name(tmp_path):
+    from moezoo import recipes
+
+    own = tmp_path / "My Project" / "len (v2).yaml"
+    own.parent.mkdir()
+    own.write_text(recipes.resolve("rewards/length_rule").read_text())
+    assert recipes.name_of(own) == "my_project/len_v2_"
+    rows = [{"prompt": f"p{i}", "chosen": "a good answer", "rejected": "bad"} for i in range(60)]
+    pl.DataFrame(rows).write_ndjson(tmp_path / "my pairs (v2).jsonl")
+    pl.DataFrame(rows[::-1]).write_csv(tmp_path / "later.csv")
+    run = tmp_path / "run"
+    mine = ["--data.source=files", f"--data.files.path={tmp_path / 'my pairs (v2).jsonl'}"]
+    assert cli.main(["fit", "--config", str(own), "--run_dir", str(run), *mine]) == 0
+    assert json.loads((run / "result.json").read_text())["dataset"] == "my_pairs_v2_"
+
+
+def test_weights_of_texts_judge_other_files_of_the_same_tasks(tmp_path, capsys):
+    rows = [{"prompt": f"p{i}", "chosen": "good", "rejected": "bad", "task": "ab"[i % 2]} for i in range(60)]
+    pl.DataFrame(rows).write_ndjson(tmp_path / "train.jsonl")
+    pl.DataFrame(rows[::-1]).write_csv(tmp_path / "later.csv")
+    pl.DataFrame([row | {"task": "c"} for row in rows]).write_csv(tmp_path / "others.csv")
+    run = tmp_path / "run"
+    begin = ["--config", "rewards/bow_linear", "--data.source=files"]
+    assert cli.main(["fit", *begin, "--run_dir", str(run), f"--data.files.path={tmp_path / 'train.jsonl'}"]) == 0
+    test = ["test", *begin, "--weights", str(run / "weights"), "--data.tasks=[a, b]"]
+    assert cli.main([*test, f"--data.files.path={tmp_path / 'later.csv'}"]) == 0
+    capsys.readouterr()
+    assert cli.main([*test[:-1], f"--data.files.path={tmp_path / 'others.csv'}"]) == 2
+    assert "trained on train, but the data is others" in one_line(capsys)

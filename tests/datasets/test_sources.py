@@ -31,7 +31,7 @@ def test_what_a_reader_declares_passes(files):
 
 
 def test_null_paths_and_numbers_for_texts_become_what_is_meant():
-    def named(path: str, name: str | None = None, most: int | None = None, shares: tuple[float, ...] = ()):
+    def named(path: str, name: str | None = None, most: int | None = 5, shares: tuple[float, ...] = ()):
         raise AssertionError("checking must not read")
 
     shares = [1, 0]

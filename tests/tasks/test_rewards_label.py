@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -11,7 +12,7 @@ from moezoo.cli import main
 from moezoo.datasets.rewards_formats import open_files, read_candidates
 from moezoo.errors import UserError
 from moezoo.tasks.rewards_judges import OpenAIJudge, callable_judge
-from moezoo.tasks.rewards_label import CAPABILITIES, TEMPLATE, label, questions, read_cache, verdict
+from moezoo.tasks.rewards_label import CAPABILITIES, TEMPLATE, Question, ask, label, questions, read_cache, verdict
 
 QUALITY = re.compile(r"quality (\d+)")
 
@@ -274,3 +275,36 @@ def test_candidates_of_pairs_keep_which_is_better_but_not_its_place(tmp_path):
 def test_callables_are_found_by_name():
     assert callable_judge("json:dumps")("x") == '"x"'
     assert TEMPLATE.count("{capability}") == 2
+
+
+def test_answers_that_break_off_are_asked_for_again():
+    body = json.dumps({"choices": [{"message": {"content": "1"}}]}).encode()
+    replies = [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\nhalf an ans",
+        b"no HTTP at all\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body),
+    ]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            for reply in replies:
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(reply)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        judge = OpenAIJudge(f"http://127.0.0.1:{server.getsockname()[1]}/v1", "m", sleep=lambda seconds: None)
+        assert judge("which?") == "1"
+        thread.join(10)
+    with pytest.raises(UserError, match=r"--endpoint http://127\.0\.0\.1:80a/v1: Port could not be cast"):
+        OpenAIJudge("http://127.0.0.1:80a/v1", "m")
+
+
+def test_a_cache_without_its_last_line_end_is_gone_on_with(tmp_path):
+    cache = tmp_path / "answers.jsonl"
+    cache.write_text(json.dumps({"key": "other", "answer": "1"}))
+    asked = [Question(0, "logic", False, "which?", "mine")]
+    assert [answer for _, answer in ask(asked, lambda text: "2", cache)] == ["2"]
+    assert read_cache(cache) == {"other": "1", "mine": "2"}
