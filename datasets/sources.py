@@ -45,21 +45,30 @@ def check_arguments(
     if missing:
         raise UserError(f"data.files.{missing[0]}: source '{source}' needs it, e.g. --data.files.{missing[0]} PATH")
 
-    def alone(name: str, value: Any) -> str | None:
-        return _type_error(reader, {name: value}, set(arguments) - {name} | set(hidden))
-
-    given = {n: None if v in ("None", "null") and alone(n, None) is None else v for n, v in files.items()}
-    given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-    if (wrong := _type_error(reader, given, set(hidden))) is None:
-        return given
-    texts = {n: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for n, v in given.items()}
-    for name, text in texts.items():
-        if text is not given[name] and alone(name, given[name]) is not None:
-            given[name] = text
-    wrong = _type_error(reader, given, set(hidden))
-    if wrong is not None:
-        raise UserError(f"data.files.{plain_type_error(wrong)}")
+    given = {}
+    for name, value in files.items():
+        others = set(arguments) - {name} | set(hidden)
+        errors = []
+        for meant in _readings(value):
+            error = _type_error(reader, {name: meant}, others)
+            if error is None:
+                given[name] = meant
+                break
+            errors.append(error)
+        else:
+            raise UserError(f"data.files.{plain_type_error(errors[0])}")
     return given
+
+
+def _readings(value: Any) -> list[Any]:
+    """What a value may stand for, the likeliest first."""
+    if isinstance(value, Path):
+        return [str(value)]
+    if value in ("None", "null"):
+        return [None, value]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return [value, str(value)]
+    return [value]
 
 
 def _type_error(reader: Callable[..., Any], files: Mapping[str, Any], hidden: set[str]) -> str | None:

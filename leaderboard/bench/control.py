@@ -5,7 +5,6 @@ compute every observation, whose chosen outputs are then gathered, as the releas
 """
 
 import json
-import random
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +21,7 @@ from ...tasks.control_mentor import MentorTask
 from ...zoo.core import MoE, Routing
 from ...zoo.mentor import Mentor
 from ..results import provenance
-from .measure import Step, _cpu_seconds, _cuda_seconds, _no_garbage_collection
+from .measure import Step, interleaved
 from .ratios import ratio
 from .terminal import brackets
 
@@ -136,19 +135,10 @@ def _backward(forward: Callable[[], Tensor], parameters: list[nn.Parameter]) -> 
 
 
 def _sample(steps: dict[str, Step], rounds: int, device: str) -> dict[str, dict[int, float]]:
-    clock: Callable[[Step, int], float] = _cuda_seconds if device == "cuda" else _cpu_seconds
-    samples: dict[str, dict[int, float]] = {name: {} for name in steps}
     for step in steps.values():
         for _ in range(5 if device == "cuda" else 1):
             step()
-    inner = 10 if device == "cuda" else 1
-    order, shuffler = list(steps), random.Random(0)
-    with _no_garbage_collection():
-        for number in range(rounds):
-            shuffler.shuffle(order)
-            for name in order:
-                samples[name][number] = clock(steps[name], inner) / inner
-    return samples
+    return interleaved(steps, rounds, "cuda", 10) if device == "cuda" else interleaved(steps, rounds, "cpu")
 
 
 def _show(samples: dict[str, dict[int, float]], memory: float | None) -> None:

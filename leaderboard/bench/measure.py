@@ -5,7 +5,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,3 +222,16 @@ def _quiet_stderr() -> Iterator[None]:
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else "no message"
+
+
+def interleaved(steps: Mapping[str, Step], rounds: int, device: Device, inner: int = 1) -> dict[str, dict[int, float]]:
+    """Seconds a step by name and round; every round has all steps, in random order."""
+    clock = _cuda_seconds if device == "cuda" else _cpu_seconds
+    samples: dict[str, dict[int, float]] = {name: {} for name in steps}
+    order, shuffler = list(steps), random.Random(0)
+    with _no_garbage_collection():
+        for number in range(rounds):
+            shuffler.shuffle(order)
+            for name in order:
+                samples[name][number] = clock(steps[name], inner) / inner
+    return samples

@@ -6,7 +6,6 @@ network each. Spec, check C: at least twice as fast as the loop at equal outputs
 """
 
 import json
-import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from ...zoo.dmoerm import DMoERM
 from ...zoo.text_backbones import load_hugging_face, pool
 from ..results import provenance
 from .cases import Device
-from .measure import Step, _cpu_seconds, _cuda_seconds, _no_garbage_collection, peak_memory
+from .measure import Step, interleaved, peak_memory
 from .ratios import ratio
 from .terminal import brackets
 
@@ -251,17 +250,9 @@ def _config(shape: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _sample(steps: dict[str, Step], rounds: int, device: Device) -> dict[str, dict[int, float]]:
-    clock: Callable[[Step, int], float] = _cuda_seconds if device == "cuda" else _cpu_seconds
-    samples: dict[str, dict[int, float]] = {name: {} for name in steps}
     for step in steps.values():
         step()
-    order, shuffler = list(steps), random.Random(0)
-    with _no_garbage_collection():
-        for number in range(rounds):
-            shuffler.shuffle(order)
-            for name in order:
-                samples[name][number] = clock(steps[name], 1)
-    return samples
+    return interleaved(steps, rounds, device)
 
 
 def _show(console: Console, case: str, samples: dict[str, dict[int, float]]) -> None:

@@ -6,8 +6,6 @@ evaluation at most 0.40 of the dense network's time and 0.75 of masking's.
 
 import copy
 import json
-import random
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +20,7 @@ from ...zoo.advmoe import ResNetGate
 from ...zoo.cnns import build_backbone
 from ...zoo.core import Gate, RoutedConv2d, StraightThroughRouter, collect_routing, moeify
 from ..results import provenance
-from .measure import Step, _cpu_seconds, _cuda_seconds, _no_garbage_collection
+from .measure import Step, interleaved
 from .ratios import ratio
 from .terminal import brackets
 
@@ -122,17 +120,9 @@ def measure(
         if (error := float((one - other).abs().max())) > _TOLERANCE:
             raise RuntimeError(f"sorting and masking differ by {error:.1e}")
     steps = {name: _step(network, image, mode) for name, network in networks.items()}
-    clock: Callable[[Step, int], float] = _cuda_seconds if device == "cuda" else _cpu_seconds
-    samples: dict[str, dict[int, float]] = {name: {} for name in steps}
     for step in steps.values():
         step()
-    order, shuffler = list(steps), random.Random(0)
-    with _no_garbage_collection():
-        for number in range(rounds):
-            shuffler.shuffle(order)
-            for name in order:
-                samples[name][number] = clock(steps[name], 1)
-    return samples
+    return interleaved(steps, rounds, "cuda" if device == "cuda" else "cpu")
 
 
 def _step(network: nn.Module, image: Tensor, mode: Mode) -> Step:
