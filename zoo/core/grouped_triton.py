@@ -3,7 +3,8 @@
 Imports triton: import this module inside the function that needs it. Nothing is autotuned: that waits for
 the device, differs from run to run, and would start again with every new number of rows. Sums are in
 float32 and without atomics, hence bitwise repeatable. Float32 factors follow
-`torch.backends.cuda.matmul.fp32_precision`.
+`torch.backends.cuda.matmul.fp32_precision`; for `tf32` the tensor cores cut them after 10 bits without rounding, so
+that a product may lose 2^-9 of itself.
 """
 
 from contextlib import AbstractContextManager, nullcontext
