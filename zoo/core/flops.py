@@ -1,4 +1,5 @@
-"""Floating-point operations of a forward, with what torch's counter leaves out: fused LSTMs and products in place."""
+"""Floating-point operations of a forward, with what torch's counter leaves out: fused LSTMs, grouped products, products
+in place, and attention on a CPU."""
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ def count_flops(model: nn.Module, forward: Callable[[], Any]) -> int:
     """
     aten = torch.ops.aten
     mapping = {aten.mkldnn_rnn_layer: _mkldnn_rnn, aten._cudnn_rnn: _cudnn_rnn}
-    mapping |= {aten.addmm_: _product, aten.baddbmm_: _product}
+    mapping |= {aten.addmm_: _product, aten.baddbmm_: _product, aten._grouped_mm: _grouped}
+    mapping[aten._scaled_dot_product_flash_attention_for_cpu] = _attention
     with _exact(model), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         forward()
     return int(counter.get_total_flops())
@@ -51,6 +53,16 @@ def _cudnn_rnn(x: Sequence[int], weights: Sequence[Sequence[int]], *_: Any, out_
 
 def _product(_sum: Sequence[int], left: Sequence[int], right: Sequence[int], **_: Any) -> int:
     return 2 * prod(left) * right[-1]
+
+
+def _grouped(rows: Sequence[int], matrices: Sequence[int], *_: Any, **__: Any) -> int:
+    """Every row meets one of the matrices."""
+    return 2 * prod(rows) * matrices[-1]
+
+
+def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Every query meets every key and every value, masked or not, as torch counts it on a GPU."""
+    return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _recurrent(x: Sequence[int], weights: Sequence[Sequence[int]]) -> int:
