@@ -68,6 +68,16 @@ def _raise_user_error(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
+def _as_typed(message: str, overrides: Sequence[str]) -> str:
+    """The message with the name of an option (`top_k`) as the user typed it (`model.model.top_k`)."""
+    found = re.match(r"(Option ')?(\w+)(?=['=:])", message)
+    if not found:
+        return message
+    typed = {one.partition("=")[0].removeprefix("--") for one in overrides}
+    whole = [key for key in typed if key.endswith(f".{found[2]}")]
+    return f"{found[1] or ''}{whole[0]}{message[found.end() :]}" if len(whole) == 1 else message
+
+
 class RecipeCLI(LightningCLI):
     """Builds the task, the data and (later) the trainer of a recipe; carries out nothing by itself."""
 
@@ -77,17 +87,20 @@ class RecipeCLI(LightningCLI):
         arguments = ["--config", str(recipes.resolve(request.config)), *request.overrides]
         if request.seed is not None:
             arguments.append(f"--seed_everything={request.seed}")
-        super().__init__(
-            BaseTask,
-            lightning.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            auto_configure_optimizers=False,
-            parser_kwargs={"allow_abbrev": False},
-            args=arguments,
-            run=False,
-        )
+        try:
+            super().__init__(
+                BaseTask,
+                lightning.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=None,
+                auto_configure_optimizers=False,
+                parser_kwargs={"allow_abbrev": False},
+                args=arguments,
+                run=False,
+            )
+        except UserError as error:
+            raise UserError(_as_typed(str(error), request.overrides)) from None
         self.seed = int(self.config.seed_everything)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -162,7 +175,7 @@ def fit(request: Request) -> int:
     trainer.test(task, datamodule=data, ckpt_path=best, verbose=False, weights_only=True)
     if trainer.is_global_zero:
         pictures = [*task.draw(run_dir / "pictures"), *monitor.draw(run_dir / "pictures")]
-        result = build_result(cli, request, seconds)
+        result = build_result(cli, request, trainer, seconds)
         save_weights(task.model, run_dir / "weights", result)
         result.save(run_dir, task.result.units)
         _summary(console, result, task, run_dir, pictures)
@@ -328,7 +341,7 @@ def _csv_logger(run_dir: Path) -> CSVLogger:
     return logger
 
 
-def build_result(cli: RecipeCLI, request: Request, seconds: float) -> Result:
+def build_result(cli: RecipeCLI, request: Request, trainer: lightning.Trainer, seconds: float) -> Result:
     """The leaderboard's record of the last test."""
     outcome: TestResult = cli.model.result
     counts = parameter_counts(cli.model.model)
@@ -342,21 +355,23 @@ def build_result(cli: RecipeCLI, request: Request, seconds: float) -> Result:
         metric_info={name: MetricInfo(**asdict(info)) for name, info in outcome.info.items()},
         dataset_fingerprint=schema["fingerprint"],
         parameters=Parameters(**counts),
-        flops_per_sample=flops_per_sample(cli.model, cli.datamodule),
+        flops_per_sample=flops_per_sample(cli.model, cli.datamodule, trainer.strategy.root_device),
         train_seconds=seconds,
         recipe_hash=recipes.recipe_hash(request.config, request.overrides),
         **provenance(gpu=torch.cuda.is_available()),
     )
 
 
-def flops_per_sample(task: BaseTask, data: lightning.LightningDataModule) -> float:
-    """Floating-point operations of one forward for one sample, counted on a test batch."""
-    batch = next(iter(data.test_dataloader()))
-    batch = data.transfer_batch_to_device(batch, task.device, 0)
-    training = task.training
-    task.eval()  # what serving costs: no second view, no regulariser
+def flops_per_sample(task: BaseTask, data: lightning.LightningDataModule, device: torch.device) -> float:
+    """Floating-point operations of one forward for one sample, counted on a test batch.
+
+    On the trainer's device: a language model's test batch takes a CPU minutes.
+    """
+    before, training = task.device, task.training
+    task.to(device).eval()  # what serving costs: no second view, no regulariser
+    batch = data.transfer_batch_to_device(next(iter(data.test_dataloader())), device, 0)
     total = count_flops(task, lambda: task(batch))
-    task.train(training)
+    task.to(before).train(training)
     return total / len(batch[0])
 
 

@@ -90,7 +90,7 @@ class PersonalisedData(lightning.LightningDataModule):
             "fashion_styles": open_fashion_styles,
             "mnist_writers": open_mnist_writers,
         }
-        return openers[self.source](**check_arguments(self.source, openers[self.source], self.files))
+        return openers[self.source](**check_arguments(self.source, openers, self.files))
 
     @cached_property
     def schema(self) -> dict[str, Any]:

@@ -261,8 +261,7 @@ def read_source(source: str, files: Mapping[str, Any]) -> RankingTables:
         "recbole": ranking_formats.read_recbole,
         "fuxictr": ranking_formats.read_fuxictr,
     }
-    reader = readers[source]
-    return reader(**check_arguments(source, reader, files, none="none: it ships with moezoo"))
+    return readers[source](**check_arguments(source, readers, files, none="none: it ships with moezoo"))
 
 
 class Drawn(NamedTuple):

@@ -198,6 +198,5 @@ def some_of_each(count: Int[Tensor, " groups"], most: int, lot: Float[Tensor, " 
 
 def open_source(source: str, files: dict[str, Any], features: str) -> Source:
     """A named source; `files` are its arguments."""
-    reader = ShapesOptions if source == "moving_shapes" else OPENERS[source]
-    files = check_arguments(source, reader, files, hidden=["features"])
+    files = check_arguments(source, {**OPENERS, "moving_shapes": ShapesOptions}, files, hidden=["features"])
     return OPENERS[source](features=features, **files)

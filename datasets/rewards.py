@@ -24,6 +24,7 @@ from . import rewards_generator, rewards_lexicon
 from .batches import IndexBatches
 from .cache import content_hash
 from .rewards_batches import Encoded, Pairs, PreferenceBatch, encode_texts
+from .rewards_formats import content, open_files
 from .rewards_table import Preferences, first_turn
 from .rewards_tokens import Tokenizer, make_tokenizer
 from .sources import check_arguments
@@ -107,11 +108,8 @@ class RewardsData(lightning.LightningDataModule):
     @cached_property
     def opened(self) -> Preferences:
         """Read and checked once."""
-        if self.source == "generator":
-            return generated(self.files)
-        from .rewards_formats import open_files
-
-        return open_files(**check_arguments("files", open_files, self.files))
+        readers = {"generator": rewards_generator.generate, "files": open_files}
+        return readers[self.source](**check_arguments(self.source, readers, self.files))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -119,7 +117,6 @@ class RewardsData(lightning.LightningDataModule):
         if self.source == "generator":
             makers = [Path(rewards_generator.__file__), Path(rewards_lexicon.__file__)]
             return content_hash(makers, self.files)
-        from .rewards_formats import content
 
         words = {name: value for name, value in self.files.items() if name not in ("path", "pools")}
         how = [words, self.split, list(self.shares), self.tasks]
@@ -251,16 +248,8 @@ class RewardsData(lightning.LightningDataModule):
         return known.join(found, on="index", how="right", maintain_order="right").drop("index")
 
 
-def generated(files: Mapping[str, Any]) -> Preferences:
-    """The generator's data with some of its arguments."""
-    hint = "; your own files need --data.source files" if "path" in files else ""
-    return rewards_generator.generate(**check_arguments("generator", rewards_generator.generate, files, hint=hint))
-
-
 def _without_generators(files: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a reader of files, without those that the generator alone takes."""
-    from .rewards_formats import open_files
-
     generators = set(signature(rewards_generator.generate).parameters) - set(signature(open_files).parameters)
     return {name: value for name, value in files.items() if name not in generators}
 

@@ -225,4 +225,4 @@ def open_source(source: str, files: dict[str, Any]) -> ImageSource:
     if source == "auto":
         source, path = detect(str(files["path"]))
         files = files | {"path": path}
-    return openers[source](**check_arguments(source, openers[source], files))
+    return openers[source](**check_arguments(source, openers, files))

@@ -11,11 +11,10 @@ from ..errors import UserError, plain_type_error
 
 def check_arguments(
     source: str,
-    reader: Callable[..., Any],
+    readers: Mapping[str, Callable[..., Any]],
     files: Mapping[str, Any],
     hidden: Collection[str] = (),
     none: str = "none",
-    hint: str = "",
 ) -> dict[str, Any]:
     """Check `data.files` against the names and types that a source's reader declares.
 
@@ -23,12 +22,11 @@ def check_arguments(
     stands for a text (a name such as 2021) that text.
 
     Args:
-        source: its name, for the message.
-        reader: the function (or the class of its options) that takes them.
+        source: its name.
+        readers: every source's function (or the class of its options) that takes them.
         files: the arguments given.
-        hidden: arguments of the reader that are not the user's.
+        hidden: arguments of a reader that are not the user's.
         none: said of a reader without arguments.
-        hint: added where an argument is unknown.
 
     Returns:
         The arguments for the reader.
@@ -36,14 +34,18 @@ def check_arguments(
     Raises:
         UserError: an argument that the reader does not take, one that is missing, or a value of another type.
     """
+    reader = readers[source]
     arguments = {name: p for name, p in signature(reader).parameters.items() if name not in hidden}
     for key in files:
         if key not in arguments:
             takes = ", ".join(arguments) or none
+            elsewhere = [name for name, other in readers.items() if key in signature(other).parameters]
+            hint = f"; it goes with --data.source {' or '.join(elsewhere)}" if elsewhere and key not in hidden else ""
             raise UserError(f"data.files.{key}: source '{source}' has no such argument; it takes {takes}{hint}")
-    missing = [name for name, p in arguments.items() if p.default is p.empty and name not in files]
-    if missing:
-        raise UserError(f"data.files.{missing[0]}: source '{source}' needs it, e.g. --data.files.{missing[0]} PATH")
+    for name, parameter in arguments.items():
+        if parameter.default is parameter.empty and name not in files:
+            value = "NUMBER" if parameter.annotation in (int, float) else "NAME" if name == "name" else "PATH"
+            raise UserError(f"data.files.{name}: source '{source}' needs it, e.g. --data.files.{name} {value}")
 
     given = {}
     for name, value in files.items():

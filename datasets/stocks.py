@@ -32,6 +32,12 @@ from .stocks_splits import split_days
 from .stocks_tables import Judge
 
 _LOG = logging.getLogger(__name__)
+_OPENERS: dict[str, Callable[..., Source]] = {
+    "sp500": open_sp500,
+    "long": open_long,
+    "qlib": open_qlib,
+    "wide": open_wide,
+}
 
 __all__ = ["StockBatch", "StockPanel", "StocksData"]
 
@@ -94,7 +100,8 @@ class StocksData(lightning.LightningDataModule):
         if source == "planted" and horizon != 1:
             raise UserError(f"data.horizon={horizon}: the planted market has one-day labels; set data.horizon=1")
         if source == "planted":
-            self.files = check_arguments("planted", stocks_planted.planted_panel, self.files, hidden=["lookback"])
+            readers = {"planted": stocks_planted.planted_panel, **_OPENERS}
+            self.files = check_arguments("planted", readers, self.files, hidden=["lookback"])
 
     @cached_property
     def opened(self) -> Source:
@@ -238,11 +245,5 @@ class Days(Dataset[StockBatch]):
 
 def open_source(source: str, files: Mapping[str, Any]) -> Source:
     """A named source; `files` are its reader's arguments."""
-    openers: dict[str, Callable[..., Source]] = {
-        "sp500": open_sp500,
-        "long": open_long,
-        "qlib": open_qlib,
-        "wide": open_wide,
-    }
     none = "none: its files come with the extra 'stocks'"
-    return openers[source](**check_arguments(source, openers[source], files, none=none))
+    return _OPENERS[source](**check_arguments(source, _OPENERS, files, none=none))

@@ -275,4 +275,4 @@ def open_source(source: str, files: Mapping[str, Any]) -> Source:
         "sumo_fcd": open_fcd,
         "table": open_table,
     }
-    return openers[source](**check_arguments(source, openers[source], files))
+    return openers[source](**check_arguments(source, openers, files))

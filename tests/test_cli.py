@@ -125,10 +125,13 @@ MISTAKES = {
     "no recipe": (["fit"], "--config"),
     "misspelt command": (["fti"], "did you mean 'fit'"),
     "misspelt trainer flag": (["fit", "--config", "ranking/awmoe", "--trainer.max_epoch=1"], "max_epoch"),
-    "unknown model argument": (["fit", "--config", "ranking/awmoe", "--model.model.experts=4"], "experts"),
+    "unknown model argument": (
+        ["fit", "--config", "ranking/awmoe", "--model.model.experts=4"],
+        "'model.model.experts' is",
+    ),
     "wrong type": (
         ["fit", "--config", "ranking/awmoe", "--data.batch_size=many"],
-        "batch_size: expected int, got many",
+        ": data.batch_size: expected int, got many",
     ),
     "wrong choice": (
         ["fit", "--config", "rewards/dmoerm", "--model.model.route=x"],

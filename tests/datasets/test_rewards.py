@@ -285,5 +285,5 @@ def test_a_generators_arguments_stand_beside_your_files_without_effect(tmp_path)
     assert beside.schema == plain.schema and len(beside.rows) == 60
     with pytest.raises(UserError, match=r"data.files.pathh: source 'files' has no such argument"):
         RewardsData("files", mine | {"pathh": "x"}).schema  # noqa: B018
-    with pytest.raises(UserError, match=r"your own files need --data.source files"):
+    with pytest.raises(UserError, match=r"it goes with --data.source files$"):
         RewardsData("generator", mine).schema  # noqa: B018

@@ -27,7 +27,7 @@ class Options:
     ],
 )
 def test_what_a_reader_declares_passes(files):
-    assert check_arguments("mine", read, files, hidden=["features"]) == files
+    assert check_arguments("mine", {"mine": read}, files, hidden=["features"]) == files
 
 
 def test_null_paths_and_numbers_for_texts_become_what_is_meant():
@@ -35,10 +35,12 @@ def test_null_paths_and_numbers_for_texts_become_what_is_meant():
         raise AssertionError("checking must not read")
 
     shares = [1, 0]
-    given = check_arguments("mine", named, {"path": Path("a"), "name": 2021, "most": "None", "shares": shares})
+    given = check_arguments(
+        "mine", {"mine": named}, {"path": Path("a"), "name": 2021, "most": "None", "shares": shares}
+    )
     assert given == {"path": "a", "name": "2021", "most": None, "shares": [1, 0]}
     assert [type(share) for share in shares] == [int, int]  # the caller's list is left as it was
-    assert check_arguments("mine", named, {"path": "a", "name": "None", "most": 3})["name"] is None
+    assert check_arguments("mine", {"mine": named}, {"path": "a", "name": "None", "most": 3})["name"] is None
 
 
 @pytest.mark.parametrize(
@@ -55,15 +57,28 @@ def test_null_paths_and_numbers_for_texts_become_what_is_meant():
 )
 def test_what_it_does_not_is_said(files, message):
     with pytest.raises(UserError, match=message):
-        check_arguments("mine", read, files, hidden=["features"])
+        check_arguments("mine", {"mine": read}, files, hidden=["features"])
 
 
 def test_options_may_be_a_class_and_readers_may_take_nothing():
-    check_arguments("shapes", Options, {"frames": 4, "folder": "here"})
+    check_arguments("shapes", {"shapes": Options}, {"frames": 4, "folder": "here"})
     with pytest.raises(UserError, match=r"data\.files\.frames: expected int, got few"):
-        check_arguments("shapes", Options, {"frames": "few"})
+        check_arguments("shapes", {"shapes": Options}, {"frames": "few"})
     with pytest.raises(UserError, match=r"it takes none: it ships with moezoo"):
-        check_arguments("shipped", lambda: None, {"path": "a"}, none="none: it ships with moezoo")
+        check_arguments("shipped", {"shipped": lambda: None}, {"path": "a"}, none="none: it ships with moezoo")
+
+
+def test_an_argument_of_other_sources_names_them():
+    def table(path: str, frame_rate: float):
+        raise AssertionError("checking must not read")
+
+    readers = {"drawn": Options, "mine": read, "table": table}
+    with pytest.raises(UserError, match=r"it takes frames, folder; it goes with --data\.source mine or table$"):
+        check_arguments("drawn", readers, {"path": "a.csv"})
+    with pytest.raises(UserError, match=r"it takes frames, folder$"):
+        check_arguments("drawn", readers, {"features": 3}, hidden=["features"])
+    with pytest.raises(UserError, match=r"e\.g\. --data\.files\.frame_rate NUMBER$"):
+        check_arguments("table", readers, {"path": "a.csv"})
 
 
 def test_other_messages_stay_in_one_line():
