@@ -7,7 +7,7 @@ as three pools of training pairs: human judgements of the overall quality (phase
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -108,7 +108,7 @@ class RewardsData(lightning.LightningDataModule):
     @cached_property
     def opened(self) -> Preferences:
         """Read and checked once."""
-        readers = {"generator": rewards_generator.generate, "files": open_files}
+        readers: dict[str, Callable[..., Preferences]] = {"generator": rewards_generator.generate, "files": open_files}
         return readers[self.source](**check_arguments(self.source, readers, self.files))
 
     @cached_property

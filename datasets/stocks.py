@@ -100,7 +100,7 @@ class StocksData(lightning.LightningDataModule):
         if source == "planted" and horizon != 1:
             raise UserError(f"data.horizon={horizon}: the planted market has one-day labels; set data.horizon=1")
         if source == "planted":
-            readers = {"planted": stocks_planted.planted_panel, **_OPENERS}
+            readers: dict[str, Callable[..., Any]] = {"planted": stocks_planted.planted_panel, **_OPENERS}
             self.files = check_arguments("planted", readers, self.files, hidden=["lookback"])
 
     @cached_property
