@@ -1,7 +1,7 @@
 """A user's table, column by column: read, typed and checked, with errors that name file, column and row."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +25,21 @@ class Table:
     def __contains__(self, column: str) -> bool:
         return column in self.frame.columns
 
-    def require(self, *columns: str) -> None:
-        """Raises UserError for the first column that is missing, naming the nearest that is there."""
+    def require(self, *columns: str, known: Collection[str] | None = None) -> None:
+        """Raises UserError for the first column that is missing, naming the nearest that is there.
+
+        Args:
+            columns: those that must be there.
+            known: columns with a meaning of their own, where `data.files.columns` can name others.
+        """
         for column in columns:
             if column in self:
                 continue
-            near = difflib.get_close_matches(column, self.frame.columns, 1, 0.5)
-            hint = f"rename '{near[0]}'" if near else f"it has {', '.join(self.frame.columns)}"
+            free = [one for one in self.frame.columns if one not in (*columns, *(known or ()))]
+            near = difflib.get_close_matches(column, free, 1, 0.5)
+            hint = f"rename '{near[0]}'" if near else f"it has {', '.join(self.frame.columns[:12])}"
+            if known is not None:
+                hint += f", or give --data.files.columns '{{{column}: {near[0] if near else 'YOURS'}}}'"
             raise UserError(f"{self.file}: column '{column}' is missing; {hint}")
 
     def refuse(self, bad: pl.Series, column: str, expected: str) -> None:

@@ -260,10 +260,7 @@ def _require(table: Table, ours: Mapping[str, str], *names: str) -> None:
     """Raises UserError for the first of our names that no column bears."""
     for name in names:
         if name not in ours:
-            free = [column for column in table.frame.columns if column not in ours.values()]
-            near = difflib.get_close_matches(name, free, 1, 0.5)
-            hint = f"rename '{near[0]}'" if near else f"it has {', '.join(table.frame.columns[:12])}"
-            raise UserError(f"{table.file}: column '{name}' is missing; {hint}")
+            table.require(name, known=ours.values())
 
 
 def _read_long(

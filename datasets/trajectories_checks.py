@@ -23,18 +23,18 @@ def located(table: TrackTable, unsorted: str, gaps: str, source: Source) -> pl.D
     if "file" not in frame.columns:
         frame = frame.with_columns(file=pl.lit(source.name))
     _refuse_nan(frame)
+    again = frame.filter(~pl.struct("scene", "vehicle", "frame").is_first_distinct())
+    if len(again):
+        raise UserError(
+            f"{_place(again)}, column 'frame': vehicle {again['vehicle'][0]} has frame {again['frame'][0]} twice; "
+            f"expected each frame once; remove the copy, or is the recording column missing?"
+        )
     step = pl.col("frame").diff().over("scene", "vehicle")
     back = frame.filter(step < 0)
     if len(back) and unsorted == "raise":
         raise UserError(
             f"{_place(back)}, column 'frame': vehicle {back['vehicle'][0]} goes back to frame {back['frame'][0]}; "
             f"expected ascending frames; sort the file, or set data.unsorted=sort"
-        )
-    again = frame.filter(~pl.struct("scene", "vehicle", "frame").is_first_distinct())
-    if len(again):
-        raise UserError(
-            f"{_place(again)}, column 'frame': vehicle {again['vehicle'][0]} has frame {again['frame'][0]} twice; "
-            f"expected each frame once; remove the copy, or is the recording column missing?"
         )
     frame = frame.sort("scene", "vehicle", "frame")
     hole = frame.with_columns(step=step).filter(pl.col("step") > 1)

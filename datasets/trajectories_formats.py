@@ -113,7 +113,7 @@ def _read_table(file: Path, given: Mapping[str, str] | None) -> pl.DataFrame:
     ours = _ours(table, given)
     for column in ("vehicle", "frame", "x", "y"):
         if column not in ours:
-            table.require(column)
+            table.require(column, known=ours.values())
     text = pl.Series([file.stem]).new_from_index(0, len(table.frame))
     recording = names(table, ours["recording"]) if "recording" in ours else text
     scene = recording + "/" + names(table, ours["scene"]) if "scene" in ours else recording

@@ -138,7 +138,10 @@ class StocksTask(BaseTask):
         scored = self._take()
         rank_ic = float(scored.rank_ic.nanmean())
         if rank_ic != rank_ic and not self.trainer.sanity_checking:
-            raise UserError(f"{self.monitor} is undefined: no validation day has {MIN_NAMES} names with a label")
+            raise UserError(
+                f"{self.monitor} is undefined: no validation day has {MIN_NAMES} names with a label; "
+                f"give {MIN_NAMES} symbols or more, with prices on the validation days"
+            )
         self.log("val/rank_ic", rank_ic, prog_bar=True, sync_dist=True)
         self.log("val/ic", float(scored.ic.nanmean()), sync_dist=True)
         self.log("val/rank_icir", information_ratio(scored.rank_ic), sync_dist=True)

@@ -200,8 +200,11 @@ def edit(column, row, value):
 
 
 MISTAKES = {
-    "no close": (lambda f: f.drop("close"), "prices.csv: column 'close' is missing; it has date, symbol"),
-    "near name": (lambda f: f.rename({"close": "closing"}), "column 'close' is missing; rename 'closing'"),
+    "no close": (lambda f: f.drop("close"), r"prices.csv: column 'close' is missing; .*'\{close: YOURS"),
+    "near name": (
+        lambda f: f.rename({"close": "closing"}),
+        "rename 'closing', or give --data.files.columns '{close: closing}'",
+    ),
     "no symbol": (lambda f: f.drop("symbol"), "prices.csv: column 'symbol' is missing"),
     "text volume": (edit("volume", 4, "1.2M"), "column 'volume', row 5: '1.2M'; expected a number such as 1234.5"),
     "text price": (edit("close", 2, "n/a"), "column 'close', row 3: 'n/a'; expected a number"),

@@ -162,11 +162,13 @@ def test_commonroad_with_lanelets_and_without_entities(tmp_path):
 
 MISTAKES = {
     "missing column": (lambda f: f.drop("y"), "column 'y' is missing"),
+    "other name": (lambda f: f.rename({"x": "pos"}), r"it has vehicle, .* --data.files.columns '\{x: YOURS\}'"),
     "not a number": (lambda f: f.with_columns(x=pl.lit("far")), "column 'x', row 1: 'far'; expected a number"),
     "NaN": (lambda f: f.with_columns(y=pl.when(pl.int_range(pl.len()) == 6).then(np.nan).otherwise("y")),
             "row 7, column 'y': nan; expected a finite number"),
     "unsorted": (lambda f: f.reverse(), "row 2, column 'frame': vehicle 6 goes back to frame 104"),
     "duplicated": (lambda f: pl.concat([f[:5], f[4:]]), "row 6, column 'frame': vehicle 1 has frame 5 twice"),
+    "twice": (lambda f: pl.concat([f, f]), "vehicle 1 has frame 1 twice; .* is the recording column missing"),
     "gap": (lambda f: pl.concat([f[:20], f[23:]]), "row 21, column 'frame': vehicle 1 jumps from frame 20 to 24"),
     "feet": (lambda f: f.with_columns(x=pl.col("x") / FOOT, y=pl.col("y") / FOOT), "vehicle 6 moves at 82 m/s"),
     "km/h": (lambda f: f.with_columns(speed=pl.col("speed") * 3.6), "column 'speed'.* expected"),
