@@ -114,7 +114,10 @@ def read_rows(file: Path, columns: Mapping[str, str] | None = None) -> Rows:
     if not rows:
         raise UserError(f"{file}: no rows; expected at least one")
     if columns:
-        rows = [_renamed(file, row, columns) for row in rows]
+        names = dict.fromkeys(name for row in rows for name in row)
+        if unknown := [theirs for theirs in columns.values() if theirs not in names]:
+            raise UserError(f"{file}: no '{unknown[0]}' as named in data.files.columns; it has {', '.join(names)}")
+        rows = [_renamed(row, columns) for row in rows]
     return Rows(file, rows)
 
 
@@ -159,10 +162,7 @@ def _json(file: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _renamed(file: Path, row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    for theirs in columns.values():
-        if theirs not in row:
-            raise UserError(f"{file}: no '{theirs}' as named in data.files.columns; it has {', '.join(row)}")
+def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     theirs_of = set(columns.values())
     kept = {name: value for name, value in row.items() if name not in theirs_of}
-    return kept | {ours: row[theirs] for ours, theirs in columns.items()}
+    return kept | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}

@@ -120,12 +120,15 @@ def report(kind: str, table: pl.DataFrame, scored: Scored, schema: Mapping[str, 
 def read_scored(file: Path, table: pl.DataFrame) -> Scored:
     """Rewards of any model from a table with `reward` and, row by row, the benchmark's responses.
 
+    Rows are compared by item, place and label, and by id and response where the table has them.
+
     Raises:
         UserError: rows do not match the benchmark's.
     """
     if file.suffix not in (".parquet", ".csv") or not file.is_file():
         raise UserError(f"--scored {file}: expected an existing .parquet or .csv file, as --scores writes")
-    found = pl.read_parquet(file) if file.suffix == ".parquet" else pl.read_csv(file)
+    texts = {"id": pl.String, "response": pl.String}
+    found = pl.read_parquet(file) if file.suffix == ".parquet" else pl.read_csv(file, schema_overrides=texts)
     for column in ("item", "place", "good", "reward"):
         if column not in found.columns:
             raise UserError(f"--scored {file}: column '{column}' is missing; it has {', '.join(found.columns)}")
@@ -137,6 +140,13 @@ def read_scored(file: Path, table: pl.DataFrame) -> Scored:
         raise UserError(
             f"--scored {file}: its {len(found):,} rows are not those of the benchmark ({len(table):,} rows)"
         )
+    for column in [column for column in texts if column in found.columns]:
+        theirs, ours = (frame[column].cast(pl.String).fill_null("") for frame in (found, table))
+        if (other := (theirs != ours).arg_max()) is not None and theirs[other] != ours[other]:
+            raise UserError(
+                f"--scored {file}: row {other + 1} has {column} {theirs[other][:40]!r}, the benchmark "
+                f"{ours[other][:40]!r}"
+            )
     return Scored(found["reward"].cast(pl.Float32).to_torch(), torch.zeros(len(found), 0))
 
 

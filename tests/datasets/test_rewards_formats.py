@@ -224,6 +224,12 @@ def test_a_bad_file_is_named(tmp_path):
         RewardsData("files").schema  # noqa: B018
 
 
+def test_a_renamed_field_may_be_missing_in_some_rows(tmp_path):
+    rows = [{"q": "p", "chosen": "a", "rejected": "b", "area": "t"}, {"q": "q", "chosen": "a", "rejected": "b"}]
+    pairs = open_files(write(tmp_path, rows), columns={"prompt": "q", "task": "area"}).pairs
+    assert pairs["prompt"].to_list() == ["p", "q"] and pairs["task"][0] == "t" != pairs["task"][1]
+
+
 def test_benchmarks_are_told_apart_and_read(tmp_path):
     rows = {
         "rewardbench": {"prompt": "p", "chosen": "a", "rejected": "b", "subset": "hep-cpp", "id": 4},

@@ -314,6 +314,17 @@ def test_rewards_of_other_rows_are_refused(tmp_path):
     table[:1].with_columns(reward=1.0).write_parquet(tmp_path / "short.parquet")
     with pytest.raises(UserError, match=r"its 1 rows are not those of the benchmark \(2 rows\)"):
         read_scored(tmp_path / "short.parquet", table)
+    for column, message in {"id": "row 2 has id 'x'", "response": "row 2 has response 'x', the benchmark 'b'"}.items():
+        changed = table.with_columns(pl.when(pl.int_range(2) == 1).then(pl.lit("x")).otherwise(column).alias(column))
+        changed.with_columns(reward=1.0).write_csv(tmp_path / "other.csv")
+        with pytest.raises(UserError, match=message):
+            read_scored(tmp_path / "other.csv", table)
+    numbers = table.with_columns(id=pl.lit("007"), reward=1.0)
+    numbers.write_csv(tmp_path / "numbers.csv")
+    assert len(read_scored(tmp_path / "numbers.csv", numbers).reward) == 2
+    without = table.drop("id", "response").with_columns(reward=1.0)
+    without.write_csv(tmp_path / "without.csv")
+    assert len(read_scored(tmp_path / "without.csv", table).reward) == 2
     table.write_parquet(tmp_path / "bare.parquet")
     with pytest.raises(UserError, match="column 'reward' is missing"):
         read_scored(tmp_path / "bare.parquet", table)
