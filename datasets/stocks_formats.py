@@ -136,6 +136,9 @@ def finish(
     everyone = np.ones((len(symbols), len(calendar)), bool)
     member = everyone if spans is None else membership_mask(str(membership), spans, symbols, calendar, judge)
     market = np.full(len(calendar), np.nan)
+    if benchmark is not None and benchmark not in symbols and benchmark.isdigit():  # YAML takes 000300 for 300
+        same = [symbol for symbol in symbols if symbol.isdigit() and int(symbol) == int(benchmark)]
+        benchmark = same[0] if len(same) == 1 else benchmark
     if benchmark in symbols:
         row = symbols.index(str(benchmark))
         market, member[row] = _changes(fields["close"][row]), False

@@ -288,6 +288,16 @@ def test_a_bad_membership_is_one_line(members, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_symbol_of_digits_is_found_without_its_zeros(tmp_path):
+    codes = rows().with_columns(pl.col("symbol").replace_strict(SYMBOLS, ["000300", "000016", "600519"]))
+    file = written(tmp_path, codes)
+    wanted, got = read(file, benchmark="000300"), read(file, benchmark="300")  # as the command line hands it on
+    assert np.array_equal(wanted.market, got.market, equal_nan=True) and np.isfinite(got.market).any()
+    assert not got.member[got.symbols.index("000300")].any()
+    with pytest.raises(UserError, match="benchmark=519: neither a file nor a symbol"):
+        read(file, benchmark="519")
+
+
 def test_unknown_members_can_be_left_out(tmp_path):
     spans = pl.DataFrame({"symbol": ["AAA", "XXX"], "start": ["2021-01-04"] * 2, "end": ["2021-03-01"] * 2})
     tables = read(written(tmp_path, rows()), "drop", membership=str(written(tmp_path, spans, "m.csv")))
