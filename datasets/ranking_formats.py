@@ -94,6 +94,10 @@ def _assemble(
 ) -> RankingTables:
     if split not in ("temporal", "leave_one_out"):
         raise UserError(f"split is {split!r}; expected temporal or leave_one_out")
+    if isinstance(seed, int) and seed < 0:
+        raise UserError(f"data.files.seed={seed}: expected 0 or more")
+    if max_sessions is not None and max_sessions < 1:
+        raise UserError(f"data.files.max_sessions={max_sessions}: expected at least 1, or null for all")
     log.require("user_id", "item_id", "timestamp")
     tables = [table for table in (log, asked, people) if table is not None]
     user_ids = common_ids([_key(table, "user_id") for table in tables])

@@ -1,6 +1,6 @@
 """What the user gave for a data source, checked against the function that reads it."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from inspect import signature
 from pathlib import Path
@@ -40,7 +40,7 @@ def check_arguments(
         if key not in arguments:
             takes = ", ".join(arguments) or none
             elsewhere = [name for name, other in readers.items() if key in signature(other).parameters]
-            hint = f"; it goes with --data.source {' or '.join(elsewhere)}" if elsewhere and key not in hidden else ""
+            hint = f"; it goes with --data.source {_listed(elsewhere)}" if elsewhere and key not in hidden else ""
             raise UserError(f"data.files.{key}: source '{source}' has no such argument; it takes {takes}{hint}")
     for name, parameter in arguments.items():
         if parameter.default is parameter.empty and name not in files:
@@ -60,6 +60,10 @@ def check_arguments(
         else:
             raise UserError(f"data.files.{plain_type_error(errors[0])}")
     return given
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
 
 
 def _readings(value: Any) -> list[Any]:

@@ -8,6 +8,7 @@ from datetime import date, timedelta
 
 import torch
 
+from ..errors import UserError
 from .stocks_panel import StockPanel
 
 FEATURES = ("past_return", "volatility_cue", "noise_1", "noise_2")
@@ -15,6 +16,7 @@ STYLES = ("momentum",)
 _SIGNAL = 0.3  # slope of the label in the past return, of either sign
 _CUE_NOISE = 0.3
 _DAILY = 0.01  # returns of about one percent a day, so that portfolios stay plausible
+_LEAST = 20  # names that a rank correlation takes
 SPLITS = {"train": 800, "valid": 100, "test": 200}
 
 
@@ -27,7 +29,12 @@ def planted_panel(lookback: int, names: int = 300, seed: int = 0) -> StockPanel:
         lookback: days of a window; only the last one tells anything.
         names: stocks a day.
         seed: of the generator.
+
+    Raises:
+        UserError: too few names for a rank correlation.
     """
+    if names < _LEAST:
+        raise UserError(f"data.files.names={names}: expected at least {_LEAST}")
     generator = torch.Generator().manual_seed(seed)
     days = lookback - 1 + sum(SPLITS.values())
     shape = (names, days)

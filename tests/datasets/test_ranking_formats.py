@@ -346,6 +346,8 @@ ERRORS = {
         {"sessions": SESSIONS.replace("label", "label,split").replace(",1\n", ",1,dev\n").replace(",0\n", ",0,test\n")},
         r"'split', row 1: 'dev'; expected one of train, valid, test, predict",
     ),
+    "no sessions": ({"max_sessions": 0}, r"data.files.max_sessions=0: expected at least 1, or null for all"),
+    "negative seed": ({"seed": -1}, r"data.files.seed=-1: expected 0 or more"),
     "unknown split": ({"split": "random"}, r"split is 'random'; expected temporal or leave_one_out"),
     "one time": (
         {"events": "user_id,item_id,timestamp\n" + "1,2,5\n1,3,5\n" * 10},

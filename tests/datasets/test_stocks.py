@@ -337,6 +337,7 @@ def test_planted_market_hides_its_signal_from_a_line():
             {"source": "planted", "horizon": 5},
             "data.horizon=5: the planted market has one-day labels; set data.horizon=1",
         ),
+        ({"source": "planted", "horizon": 1, "files": {"names": 5}}, "data.files.names=5: expected at least 20"),
         ({"source": "planted", "horizon": 1, "files": {"stocks": 3}}, "data.files.stocks: .* it takes names, seed"),
         ({"lookback": 0}, "data.lookback=0: expected at least 1"),
         ({"source": "long"}, "data.files.prices: source 'long' needs it, e.g. --data.files.prices PATH"),
@@ -345,4 +346,5 @@ def test_planted_market_hides_its_signal_from_a_line():
 )
 def test_bad_arguments_are_one_line(arguments, message):
     with pytest.raises(UserError, match=message):
-        _ = StocksData(**arguments).schema
+        data = StocksData(**arguments)
+        _ = data.schema, data.panel
