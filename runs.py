@@ -417,4 +417,5 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # pretrained: dropout stays off
     warnings.filterwarnings("ignore", ".*number of training batches .* is smaller than the logging interval.*")

@@ -263,7 +263,7 @@ class HuggingFaceBackbone(Backbone):
     """A pretrained encoder or the trunk of a pretrained causal language model (extra `rewards`: transformers).
 
     Copies run one after another on the rows that name them, which waits for the device once: a network that is not ours
-    cannot run as several at a time.
+    cannot run as several at a time. Its own dropout stays off in training too, as `from_pretrained` leaves it.
 
     Args:
         name: `minilm`, `smollm2`, or `hf:` and a name on the Hub or a folder.
