@@ -88,6 +88,8 @@ class Words:
 class HuggingFace:
     """A tokenizer of transformers (extra `rewards`): its chat template where it has one, else plain turns.
 
+    The template says what ends a response, too: which token is `eos` in a GGUF file depends on transformers' version.
+
     Args:
         tokenizer: what `load_tokenizer` found.
     """
@@ -99,14 +101,23 @@ class HuggingFace:
         ends = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
         self.templated = bool(getattr(tokenizer, "chat_template", None))
         self.head = [] if begins is None or self.templated else [begins]
-        self.tail = [] if ends is None else [ends]
+        self.tail = self._end_of_turn() or ([] if ends is None else [ends])
         self.between = self.tail if tokenizer.sep_token_id is not None else []
-        self.pad = next(i for i in (tokenizer.pad_token_id, ends, 0) if i is not None)
+        self.pad = next(i for i in (tokenizer.pad_token_id, *self.tail, 0) if i is not None)
         self._last: tuple[str | None, list[int]] = (None, [])  # both responses of a pair have the same prompt
 
     def _encode(self, text: str) -> list[int]:
         found: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return found
+
+    def _end_of_turn(self) -> list[int]:
+        """What the template writes after a response."""
+        if not self.templated:
+            return []
+        said = "Yes."
+        turns = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": said}]
+        written = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        return self._encode(written.rpartition(said)[2].strip()) if said in written else []
 
     def pair(self, prompt: str, response: str, max_length: int) -> list[int]:
         if prompt != self._last[0]:

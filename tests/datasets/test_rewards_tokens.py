@@ -45,6 +45,14 @@ def test_a_causal_model_reads_its_chat_template(tmp_path):
     assert (tokens[1][~mask[1]] == text.pad).all()
 
 
+def test_a_response_ends_as_the_template_says_whatever_eos_is(tmp_path):
+    text = make_tokenizer(save(tmp_path / "a", eos_token="<s>", chat_template=TEMPLATE))
+    assert spell(text.pair("g", "h", 9)) == "<user> g </s> <bot> h </s>" and spell(text.prompt("g", 9)) == "g </s>"
+    bare = TEMPLATE.replace(" </s> ", " ")  # which ends nothing: eos does
+    text = make_tokenizer(save(tmp_path / "b", eos_token="<s>", chat_template=bare))
+    assert spell(text.pair("g", "h", 9)) == "<user> g <bot> h <s>"
+
+
 def test_without_a_template_a_prompt_is_read_as_it_stands(tmp_path):
     text = make_tokenizer("hf:" + save(tmp_path, eos_token="</s>", bos_token="<s>", pad_token="<pad>"))
     assert spell(text.pair("a b", "c", 64)) == "<s> a b c </s>" and text.pad == 0
