@@ -120,7 +120,8 @@ def adapt(
     names = {path.rpartition(".")[2] for path, _ in linears}
     if missing := [target for target in targets if target not in names]:
         found = sorted({p.rpartition(".")[2] for p, m in network.named_modules() if isinstance(m, nn.Linear)})
-        raise ValueError(f"target {missing[0]!r} names no linear layer; the network has {', '.join(found)}")
+        has = ", ".join(found) or "none (low-rank experts stand beside nn.Linear, not beside GPT-2's Conv1D)"
+        raise ValueError(f"target {missing[0]!r} names no linear layer; the network has {has}")
     choice = AdapterChoice()
     layers: list[AdaptedLinear] = []
     for path, layer in linears:

@@ -118,3 +118,5 @@ def test_a_copy_chooses_for_itself():
 def test_a_target_that_is_not_there_is_named():
     with pytest.raises(ValueError, match=r"target 'v_proj' names no linear layer; the network has first, second"):
         adapt(Net(), ["first", "v_proj"], 2, 1, 1.0)
+    with pytest.raises(ValueError, match=r"the network has none \(low-rank experts stand beside nn.Linear"):
+        adapt(nn.Sequential(nn.Conv1d(3, 3, 1)), ["c_attn"], 2, 1, 1.0)
