@@ -220,9 +220,9 @@ def open_source(source: str, files: dict[str, Any]) -> ImageSource:
         "atlas": open_atlas,
         "tinyimagenet": open_tinyimagenet,
     }
-    if source != "fashion_mnist_cut" and "path" not in files:
-        raise UserError(f"data.files.path: source '{source}' needs it, e.g. --data.files.path FOLDER")
     if source == "auto":
+        if "path" not in files:
+            raise UserError("data.files.path: source 'auto' needs it, e.g. --data.files.path PATH")
         source, path = detect(str(files["path"]))
         files = files | {"path": path}
     return openers[source](**check_arguments(source, openers, files))

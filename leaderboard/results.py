@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,8 +25,7 @@ from ..errors import UserError
 from .strict import decode
 
 Goal = Literal["max", "min"]
-_PACKAGES = ("torch", "pytorch-lightning", "polars", "moezoo")
-_WHERE_USED = ("transformers",)
+_PACKAGES = ("torch", "pytorch-lightning", "polars", "transformers", "moezoo")
 
 
 @dataclass(frozen=True)
@@ -152,10 +150,9 @@ class Provenance(TypedDict):
 
 def provenance(gpu: bool = True) -> Provenance:
     """Fields for `Result(**provenance(), ...)`; give `gpu=False` when the run left an existing GPU unused."""
-    packages = [*_PACKAGES, *(name for name in _WHERE_USED if name in sys.modules)]
     return Provenance(
         hardware=Hardware(cpu=_cpu_model(), cores=os.cpu_count() or 1, gpu=_gpu_name() if gpu else None),
-        versions={"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         git_commit=_git_commit(Path(__file__).parents[1]),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

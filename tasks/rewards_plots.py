@@ -83,7 +83,8 @@ def _router(pairs: "Judged", names: Sequence[str], path: Path) -> Path:
     report = router_report(pairs.logits, pairs.task)
     share = report.confusion / report.confusion.sum(1, keepdim=True).clamp(min=1)
     tasks = list(names) or [str(t) for t in range(len(share))]
-    figure = Figure(figsize=(1.8 + 0.8 * len(tasks), 1.2 + 0.7 * len(tasks)), layout="constrained")
+    size = max(4.6, 1.8 + 0.8 * len(tasks)), max(3.6, 1.2 + 0.7 * len(tasks))  # room for the title of few tasks
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(share.numpy(), vmin=0, vmax=1, cmap="viridis")
     for y, values in enumerate(share.tolist()):

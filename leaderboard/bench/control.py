@@ -21,6 +21,7 @@ from ...tasks.control_mentor import MentorTask
 from ...zoo.core import MoE, Routing
 from ...zoo.mentor import Mentor
 from ..results import provenance
+from .cases import Device
 from .measure import Step, interleaved
 from .ratios import ratio
 from .terminal import brackets
@@ -32,7 +33,7 @@ ACTIONS = 6
 class Bare(MentorTask):
     """The update alone, without a Trainer."""
 
-    def __init__(self, model: Mentor, device: str) -> None:
+    def __init__(self, model: Mentor, device: Device) -> None:
         super().__init__(model, lambda parameters: torch.optim.Adam(parameters, 1e-4, fused=True), perturbation="none")
         self.to(device)
         self.generator = torch.Generator(device).manual_seed(0)
@@ -75,7 +76,7 @@ class Loop(nn.Module):
 
 
 def run(
-    rounds: int, batch: int = 256, device: str = "cpu", threads: int = 1, output: Path | None = None
+    rounds: int, batch: int = 256, device: Device = "cpu", threads: int = 1, output: Path | None = None
 ) -> dict[str, dict[int, float]]:
     """Seconds by contender and round, shown as a table with the peak memory of all; with `output`, kept as JSON."""
     torch.set_num_threads(threads)
@@ -134,11 +135,11 @@ def _backward(forward: Callable[[], Tensor], parameters: list[nn.Parameter]) -> 
     return step
 
 
-def _sample(steps: dict[str, Step], rounds: int, device: str) -> dict[str, dict[int, float]]:
+def _sample(steps: dict[str, Step], rounds: int, device: Device) -> dict[str, dict[int, float]]:
     for step in steps.values():
         for _ in range(5 if device == "cuda" else 1):
             step()
-    return interleaved(steps, rounds, "cuda", 10) if device == "cuda" else interleaved(steps, rounds, "cpu")
+    return interleaved(steps, rounds, device, 10 if device == "cuda" else 1)
 
 
 def _show(samples: dict[str, dict[int, float]], memory: float | None) -> None:

@@ -20,6 +20,7 @@ from ...zoo.advmoe import ResNetGate
 from ...zoo.cnns import build_backbone
 from ...zoo.core import Gate, RoutedConv2d, StraightThroughRouter, collect_routing, moeify
 from ..results import provenance
+from .cases import Device
 from .measure import Step, interleaved
 from .ratios import ratio
 from .terminal import brackets
@@ -82,7 +83,7 @@ class _WithRouter(nn.Module):
 
 
 def run(
-    rounds: int, batch: int = 64, device: str = "cpu", threads: int = 1, output: Path | None = None
+    rounds: int, batch: int = 64, device: Device = "cpu", threads: int = 1, output: Path | None = None
 ) -> dict[str, dict[str, dict[int, float]]]:
     """Seconds per batch by case, contender and round, shown as a table; with `output`, kept there as JSON."""
     torch.set_num_threads(threads)
@@ -102,7 +103,7 @@ def run(
 
 
 def measure(
-    mode: Mode, memory_format: torch.memory_format, rounds: int, batch: int, device: str = "cpu"
+    mode: Mode, memory_format: torch.memory_format, rounds: int, batch: int, device: Device = "cpu"
 ) -> dict[str, dict[int, float]]:
     """Seconds per step of every contender in interleaved rounds of random order.
 
@@ -122,7 +123,7 @@ def measure(
     steps = {name: _step(network, image, mode) for name, network in networks.items()}
     for step in steps.values():
         step()
-    return interleaved(steps, rounds, "cuda" if device == "cuda" else "cpu")
+    return interleaved(steps, rounds, device)
 
 
 def _step(network: nn.Module, image: Tensor, mode: Mode) -> Step:
@@ -156,7 +157,7 @@ def _show(console: Console, name: str, samples: dict[str, dict[int, float]], bat
     console.print(table)
 
 
-def _describe(rounds: int, batch: int, device: str, threads: int) -> dict[str, Any]:
+def _describe(rounds: int, batch: int, device: Device, threads: int) -> dict[str, Any]:
     origin: dict[str, Any] = dict(provenance(gpu=device == "cuda"))
     origin["hardware"] = asdict(origin["hardware"])
     return origin | {"rounds": rounds, "batch": batch, "device": device, "threads": threads}

@@ -1,7 +1,6 @@
 """Result files: strict in, atomic out."""
 
 import json
-import sys
 
 import polars as pl
 import pytest
@@ -79,11 +78,7 @@ def test_the_json_is_written_last(make_result, units, tmp_path):
     assert not (tmp_path / "result.json").exists()
 
 
-def test_provenance_says_where_and_with_what(monkeypatch):
+def test_provenance_says_where_and_with_what():
     where = provenance()
     assert where["hardware"].cores >= 1 and where["hardware"].cpu
-    assert {"python", "torch", "polars", "moezoo"} <= set(where["versions"])
-    monkeypatch.delitem(sys.modules, "transformers", raising=False)
-    assert "transformers" not in provenance()["versions"]
-    monkeypatch.setitem(sys.modules, "transformers", sys)  # its tokenizers and weights are part of what ran
-    assert "transformers" in provenance()["versions"]
+    assert {"python", "torch", "polars", "transformers", "moezoo"} <= set(where["versions"])
