@@ -112,6 +112,8 @@ def _label(arguments: argparse.Namespace) -> None:
     write_json(beside, report.to_dict() | {"judge": judge_name})
     _show_labels(report)
     print(f"{len(table):,} pairs written to {arguments.output}, the report to {beside}")
+    if report.unparsed:
+        print(f"{report.unparsed:,} of {report.pairs:,} had an answer without 1 or 2; all answers are in {cache}")
 
 
 def _judge(arguments: argparse.Namespace) -> tuple[Callable[[str], str], str]:

@@ -198,7 +198,7 @@ def test_the_command_writes_pairs_that_train(tmp_path, serve, capsys, monkeypatc
     words += [server.url, "--model", "m", "--capabilities", "logic, tone", "--jobs", "2"]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert "kept share" in said and "0.667" in said and "4 pairs written" in said
+    assert "kept share" in said and "0.667" in said and "4 pairs written" in said and "without 1 or 2" not in said
     assert server.keys[0][0] == "Bearer k" and len(server.texts) == 12
     report = json.loads((tmp_path / "labels.report.json").read_text())
     assert report["kept"] == 4 and report["judge"] == "m" and report["by_capability"]["logic"] == pytest.approx(2 / 3)
@@ -229,6 +229,16 @@ def test_mistakes_are_one_line(tmp_path, capsys, extra, message):
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_judge_whose_answers_cannot_be_read_is_told_of(tmp_path, capsys):
+    template = tmp_path / "t.txt"
+    template.write_text("{capability} {prompt} {first} {second}")  # repeated, it names no reply
+    words = ["rewards", "label", lists(tmp_path, [(3, 4)]), "--output", str(tmp_path / "out.jsonl")]
+    words += ["--capabilities", "logic", "--judge", "string:capwords", "--template", str(template)]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "0 pairs written" in said and f"1 of 1 had an answer without 1 or 2; all answers are in {tmp_path}" in said
 
 
 def test_capabilities_and_templates_come_from_files(tmp_path, capsys):
